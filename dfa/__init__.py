@@ -1,0 +1,1 @@
+"""Weakly supervised semantic segmentation as a distributed system: image-level labels in, models and masks out."""

@@ -1,0 +1,1 @@
+"""Bytes: sources on disk -> shards -> augmented fixed-shape batches."""

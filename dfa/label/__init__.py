@@ -1,0 +1,1 @@
+"""Pseudo-labels: class activation maps -> refined pixel labels."""

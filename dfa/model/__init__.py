@@ -1,0 +1,1 @@
+"""The student: a light decoder and learnable affinities on frozen CLIP features."""

@@ -1,0 +1,1 @@
+"""One training step, the engines that run it, and the loop of one worker."""
