@@ -1,0 +1,57 @@
+"""What one runs: `python -m jobs.NAME CONF key=value ...`, locally or through `ray job submit`.
+
+Every job logs to standard error and ends with one JSON line of its results on standard output.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from dfa.config import Config, load
+
+Result = dict[str, Any]
+
+
+def quiet_ray() -> None:
+    """Settings that Ray reads when it is imported or started: no usage report, one machine's worth of patience."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+
+
+def main(description: str, work: Callable[[Config], Result], argv: list[str] | None = None) -> None:
+    """Parse `CONF key=value ...`, do the work, print its result as the last line.
+
+    Bad input ends with the message alone and exit code 2; an interrupt with 130.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("conf", help="a name in conf/ or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="differences from the file")
+    arguments = parser.parse_args(argv)
+    run(lambda: work(load(arguments.conf, arguments.overrides)))
+
+
+def run(work: Callable[[], Result]) -> None:
+    """Log to standard error, run, print the result as one JSON line; errors of the input without a traceback."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = work()
+    except (ValueError, FileNotFoundError) as error:
+        logging.getLogger("jobs").debug("traceback", exc_info=True)
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    print(json.dumps(result), flush=True)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """A polite stop (`ray job stop`, a scheduler) ends like Ctrl-C."""
+    raise KeyboardInterrupt

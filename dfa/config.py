@@ -1,0 +1,359 @@
+"""The run as typed dataclasses: every field, its default, its allowed values, and where the default comes from.
+
+`load("voc_dfa", ["train.steps=100"])` reads conf/voc_dfa.yaml, which holds differences from these defaults, then the
+key=value overrides, and checks names, types and ranges. Only `dfa.build` and jobs read a Config.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dfa.data.classes import ClassSet
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def _number(default: Any, low: float, high: float) -> Any:
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def _choice(default: Any, *options: Any) -> Any:
+    return field(default=default, metadata={"choices": options})
+
+
+def _listed(*default: Any) -> Any:
+    return field(default_factory=lambda: list(default))
+
+
+@dataclass
+class DataConfig:
+    """Which images, and where their labels come from; `python -m jobs.shard` reads it."""
+
+    source: str = _choice("voc", "voc", "coco", "folder")
+    root: str = ""  # VOC: the folder with JPEGImages, or a parent; COCO and folder: the images
+    split: str = "train"  # VOC: ImageSets/Segmentation/SPLIT.txt
+    labels: str = _choice("auto", "auto", "annotations", "file", "masks")  # masks: never by itself, only by this name
+    label_file: str = ""  # text (VOC, COCO), CSV or JSON lines (folder)
+    label_kind: str = _choice("names", "names", "index_from_0", "index_from_1")  # what a label file's entries are
+    image_column: str = "image"  # CSV, JSON lines
+    label_column: str = "labels"
+    separator: str = ";"
+    annotations: str = ""  # COCO: the instances JSON
+    masks: str = ""  # ground truth: folder of PNGs (VOC: its name; COCO: "annotations"); "": shards without masks
+    crowd: str = _choice("class", "class", "void", "drop")  # COCO: what a crowd region is
+    classes: str = "classes_voc"  # name of a YAML in conf/, or a path
+    unlabelled: str = _choice("reject", "reject", "background")
+    samples_per_shard: int = _number(256, 1, 100_000)
+    shuffle: bool = True
+    max_pixels: int = _number(50_000_000, 1_000, 1_000_000_000)
+    max_reject_share: float = _number(0.05, 0.0, 1.0)
+    output: str = ""  # folder of the shards to write
+
+
+@dataclass
+class ShardsConfig:
+    """Where the shards of the two splits are (each folder made by jobs/shard)."""
+
+    train: str = ""
+    val: str = ""
+
+
+@dataclass
+class ClipConfig:
+    """The frozen encoder (METHOD 1.1, 1.2 and "Patch-text similarity")."""
+
+    model: str = "ViT-B-16-quickgelu"  # open_clip name, or the path of a model JSON
+    checkpoint: str = "openai"  # open_clip tag, path of a weight file, or "random"
+    precision: str = _choice("fp32", "fp32", "bf16", "fp16")
+    mean: list[float] = _listed(0.48145466, 0.4578275, 0.40821073)
+    std: list[float] = _listed(0.26862954, 0.26130258, 0.27577711)
+    attention_blocks: int = _number(8, 1, 64)  # the last n blocks feed the affinities
+    token_blocks: int = _number(0, 0, 64)  # the first n blocks feed the decoder; 0: all but the last
+    similarity: str = _choice("surgery", "raw", "value", "surgery")
+    surgery_blocks: int = _number(5, 1, 64)
+
+
+@dataclass
+class CropConfig:
+    """Training crops (METHOD 1.21)."""
+
+    size: int = _number(320, 16, 4096)
+    scale_min: float = _number(0.5, 0.05, 10.0)
+    scale_max: float = _number(2.0, 0.05, 10.0)
+    flip: float = _number(0.5, 0.0, 1.0)
+
+
+@dataclass
+class AffinityConfig:
+    """Affinities (METHOD 1.3-1.5)."""
+
+    source: str = _choice("attention", "attention", "attention+features")
+    hidden: int = _number(16, 1, 1024)
+    clip: float = _number(5.0, 0.1, 50.0)
+    sinkhorn_rounds: int = _number(3, 0, 100)
+
+
+@dataclass
+class FrequencyConfig:
+    """Decoder bands and what is read from them (METHOD 1.6-1.12)."""
+
+    mu: float = _number(0.4, 0.0, 1.0)
+    mu_as: str = _choice("half_width", "half_width", "side", "area")
+    relation_gain: float = _number(5.0, 0.01, 100.0)
+    alignment: str = _choice("inside_mask", "inside_mask", "full_row")
+    use_quality_mask: bool = True
+    window: int = _number(9, 0, 10_000)  # METHOD 1.11; 9 belongs to a 20 x 20 grid
+    resolve_unreliable: bool = True
+
+
+@dataclass
+class CamConfig:
+    """Transport CAM and its background (METHOD 1.14-1.18)."""
+
+    generator: str = _choice("transport", "similarity", "affinity", "elementwise", "transport")
+    lambda_low: float = _number(1.0, 0.0, 100.0)
+    lambda_high: float = _number(0.1, 0.0, 100.0)
+    form: str = _choice("propagate", "row_term", "row_term_foreground", "propagate", "both")
+    propagation: int = _number(1, 1, 16)  # how often the affinity is applied
+    columns: str = _choice("prompts", "prompts", "constant")  # the background's columns in the transport
+    constant: float = _number(0.5, 0.0, 1.0)  # score of the constant column
+    scale: float = _number(0.0, 0.0, 1000.0)  # on cosines; 0: the CLIP's own exp(logit_scale)
+    marginal: str = _choice("softmax_mean", "softmax_mean", "softmax_sum", "uniform")
+    marginal_temperature: float = _number(0.5, 1e-3, 100.0)
+    epsilon: float = _number(0.1, 1e-3, 10.0)
+    iterations: int = _number(100, 1, 10_000)
+    tolerance: float = _number(1e-3, 1e-9, 1.0)
+    background: str = _choice("constant", "constant", "power", "prompts")
+    threshold: float = _number(0.4, 0.0, 1.0)  # of the constant background
+    power: float = _number(1.0, 0.01, 20.0)
+
+
+@dataclass
+class PseudoLabelConfig:
+    """Pseudo-labels during training (METHOD 1.18): pixel-adaptive refinement and the undecided band."""
+
+    refine: bool = True
+    iterations: int = _number(10, 0, 100)
+    dilations: list[int] = _listed(1, 2, 4, 8, 12, 24)
+    colour_scale: float = _number(0.3, 1e-3, 100.0)
+    position_scale: float = _number(0.3, 1e-3, 100.0)
+    position_weight: float = _number(0.01, 0.0, 1.0)
+    stride: int = _number(1, 1, 8)
+    band: list[float] = _listed()  # [low, high] around the background score that becomes 255, or []
+
+
+@dataclass
+class DecoderConfig:
+    """The student's decoder (METHOD 1.20)."""
+
+    width: int = _number(256, 8, 4096)
+    depth: int = _number(3, 0, 24)
+    heads: int = _number(8, 1, 64)
+    mlp_ratio: float = _number(4.0, 0.5, 16.0)
+    dropout: float = _number(0.1, 0.0, 0.9)
+    normalize_tokens: bool = True
+
+
+@dataclass
+class LossConfig:
+    """Weights of METHOD 1.19, and what supervises."""
+
+    alignment: float = _number(0.1, 0.0, 100.0)  # lambda_1
+    rectification: float = _number(0.2, 0.0, 100.0)  # lambda_2
+    supervision: str = _choice("pseudo", "pseudo", "masks")  # masks: the fully supervised bound, never a result
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation (METHOD 1.21) and the machinery around it."""
+
+    steps: int = _number(30_000, 1, 100_000_000)
+    batch_size: int = _number(4, 1, 1_000_000)  # of one optimizer step, over all workers
+    micro_batch_size: int = _number(0, 0, 1_000_000)  # of one forward pass on one worker; 0: as large as divides
+    learning_rate: float = _number(1e-4, 0.0, 10.0)
+    decoder_rate_scale: float = _number(10.0, 0.0, 1000.0)
+    affinity_rate_scale: float = _number(100.0, 0.0, 10_000.0)
+    weight_decay: float = _number(1e-2, 0.0, 10.0)
+    warmup_steps: int = _number(50, 0, 1_000_000)
+    decay_power: float = _number(1.0, 0.0, 10.0)
+    clip_norm: float = _number(1.0, 0.0, 1e6)  # 0: no clipping
+    precision: str = _choice("fp32", "fp32", "bf16", "fp16")
+    engine: str = _choice("auto", "auto", "deepspeed", "torch")  # auto: DeepSpeed where it is installed
+    zero_stage: int = _choice(1, 0, 1, 2)
+    workers: int = _number(1, 1, 100_000)
+    use_gpu: bool = False
+    seed: int = _number(0, 0, 2**31 - 1)
+    validate_every: int = _number(2_000, 1, 100_000_000)
+    validate_images: int = _number(0, 0, 100_000_000)  # the first n of the validation shards; 0: all
+    checkpoint_every: int = _number(500, 1, 100_000_000)
+    keep_checkpoints: int = _number(2, 1, 1_000)
+    log_every: int = _number(20, 1, 1_000_000)
+
+
+@dataclass
+class CrfConfig:
+    """Dense CRF (METHOD 1.22)."""
+
+    preset: str = _choice("deeplab", "deeplab", "smooth", "wide")
+
+
+@dataclass
+class EvaluateConfig:
+    """Inference and scoring (METHOD 1.22, section 5)."""
+
+    scales: list[float] = _listed(1.0, 1.2, 1.5)
+    cam_scales: list[float] = _listed(1.0)
+    flip: bool = True
+    limit: int = _number(0, 0, 100_000_000)  # score this many images; 0: all
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.02, *(round(0.05 * step, 2) for step in range(1, 20))],
+    )
+
+
+@dataclass
+class WorldConfig:
+    """The demo's own world; unused elsewhere."""
+
+    num_train: int = _number(400, 1, 10_000_000)
+    num_val: int = _number(100, 1, 10_000_000)
+    seed: int = _number(1, 0, 2**31 - 1)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    run: str = "runs/run"  # folder of everything that the run writes
+    data: DataConfig = field(default_factory=DataConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    crop: CropConfig = field(default_factory=CropConfig)
+    affinity: AffinityConfig = field(default_factory=AffinityConfig)
+    frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
+    cam: CamConfig = field(default_factory=CamConfig)
+    pseudo: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    crf: CrfConfig = field(default_factory=CrfConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: a name in conf/ ("demo") or the path of a YAML file; "" for the defaults alone.
+        overrides: "section.key=value", value in YAML syntax.
+
+    Raises:
+        ValueError: unknown file or key (with the nearest known one), wrong type, value out of range.
+    """
+    layers = [(f"conf {_conf_path(name)}", _read_yaml(_conf_path(name)))] if name else []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        layers.append((f"override {key}", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+    merged = OmegaConf.structured(Config)
+    for where, layer in layers:
+        for key in _flat(layer):
+            _check_key(key, where)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    _check_ranges(config, "")
+    return config
+
+
+def class_set(name: str) -> ClassSet:
+    """The class list `name` of conf/ or at the path `name`: keys names, prompts, background, templates."""
+    path = _conf_path(name)
+    try:
+        return ClassSet.from_mapping(_read_yaml(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain containers, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def digest(*parts: Any) -> str:
+    """A short stable hash of configuration sections or other plain values: what an output depends on."""
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _conf_path(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(each.stem for each in CONF.glob("*.yaml"))
+        raise ValueError(f"no configuration {name!r} ({path} is not a file); conf/ has {', '.join(known)}")
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # the YAML parser behind OmegaConf raises its own family
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a mapping is expected at the top, found {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _flat(layer: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in layer.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _known_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for each in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(each.type):
+            keys += [f"{prefix}{each.name}", *_known_keys(each.type, f"{prefix}{each.name}.")]  # type: ignore[arg-type]
+        else:
+            keys.append(f"{prefix}{each.name}")
+    return keys
+
+
+def _check_key(key: str, where: str) -> None:
+    known = _known_keys()
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(k for k in known if '.' not in k)}"
+    raise ValueError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _check_ranges(section: Any, prefix: str) -> None:
+    for each in dataclasses.fields(section):
+        value, name = getattr(section, each.name), f"{prefix}{each.name}"
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{name}.")
+        elif "choices" in each.metadata and value not in each.metadata["choices"]:
+            near = difflib.get_close_matches(str(value), [str(option) for option in each.metadata["choices"]], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} is {value!r}, allowed are {list(each.metadata['choices'])}{hint}")
+        elif "range" in each.metadata:
+            low, high = each.metadata["range"]
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}, allowed is {low} to {high}")

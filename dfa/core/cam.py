@@ -1,0 +1,137 @@
+"""From patch-text scores and affinities to class activation maps and labels (METHOD 1.14, 1.17, 1.18 and 1b).
+
+Columns are ordered foreground classes first, then background prompts; `column_mask_BK` is True for what takes part in an image:
+its classes and every background prompt (METHOD 1.17: with foreground alone an image of one class gives a CAM of 1 everywhere).
+Masked columns are 0 in every result.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScoringForm = Literal["row_term", "row_term_foreground", "propagate", "both"]
+BackgroundKind = Literal["prompts", "constant", "power"]
+
+_IGNORED = 255
+
+
+def class_scores(similarity_BNK: Tensor, column_mask_BK: Tensor, *, scale: float) -> Tensor:
+    """Scores in [0, 1] from cosines: softmax of `scale * S` over the present columns, over its maximum per column (METHOD 1b).
+
+    scale: 20 for the tiny model, exp(logit_scale) for real CLIP. Returns fp32 BNK; present columns reach 1 at their best patch.
+    """
+    logit_BNK = (scale * similarity_BNK.float()).masked_fill(~column_mask_BK[:, None, :], -torch.inf)
+    # Divided by the maximum as logarithms: a column that is never anywhere near the best would underflow to 0 / 0.
+    log_share_BNK = torch.log_softmax(logit_BNK, dim=-1)
+    peak_B1K = log_share_BNK.amax(1, keepdim=True).masked_fill(~column_mask_BK[:, None, :], 0.0)
+    return (log_share_BNK - peak_B1K).exp()
+
+
+def min_max(map_BNK: Tensor, column_mask_BK: Tensor) -> Tensor:
+    """Each column stretched to [0, 1] over the patches of its image; a constant column, and a masked one, becomes 0."""
+    map_BNK = map_BNK.float()
+    low_B1K, high_B1K = map_BNK.amin(1, keepdim=True), map_BNK.amax(1, keepdim=True)
+    usable_B1K = column_mask_BK[:, None, :] & (high_B1K > low_B1K)
+    return torch.where(usable_B1K, (map_BNK - low_B1K) / (high_B1K - low_B1K), 0.0)
+
+
+def max_normalize(map_BNK: Tensor) -> Tensor:
+    """`M_r[i,c] = T*[i,c] / max_i T*[i,c]` (METHOD 1.17), for entries >= 0; a column of zeros stays one.
+
+    >>> max_normalize(torch.tensor([[[0.25, 0.0], [0.5, 0.0]]]))
+    tensor([[[0.5000, 0.0000],
+             [1.0000, 0.0000]]])
+    """
+    peak_B1K = map_BNK.amax(1, keepdim=True)
+    return torch.where(peak_B1K > 0, map_BNK / peak_B1K, 0.0)
+
+
+def refine_elementwise(affinity_low_BNN: Tensor, score_BNK: Tensor, affinity_high_BNN: Tensor) -> Tensor:
+    """The ablation's element-wise refinement `(A_la S) . (A_ha S)`, BNK (DFA's table, column E; METHOD 1)."""
+    score_BNK = score_BNK.float()
+    return (affinity_low_BNN.float() @ score_BNK) * (affinity_high_BNN.float() @ score_BNK)
+
+
+def scoring_matrix(
+    affinity_low_BNN: Tensor,
+    score_BNK: Tensor,
+    affinity_high_BNN: Tensor,
+    column_mask_BK: Tensor,
+    *,
+    num_foreground: int,
+    lambda_low: float,
+    lambda_high: float,
+    form: ScoringForm,
+    row_term_BN: Tensor | None = None,
+) -> Tensor:
+    """The matrix `O` that transport maximises, BNK, fp32 (METHOD 1.14, DFA's FG CAM generation).
+
+    `O = lambda_l m(A_la S) + lambda_h H`, m the min-max per column (our reading, 1b: a near-uniform A_la leaves tiny amplitudes and
+    lambda_l would have no effect). affinities: rows are the patches that receive. score_BNK: `S`. H by `form`:
+
+    - row_term: `A_ha_bar[i]` in every present column, as printed; the row marginal of a transport absorbs it;
+    - row_term_foreground: the same in foreground columns only, which does move mass;
+    - propagate: `m(A_ha S)`;  both: the last two added.
+
+    row_term_BN: `A_ha_bar`; None takes the mean of each row of affinity_high. Our reading: give it the row mean of the sigmoid map
+    P_inv, since the rows of a doubly stochastic A_ha all have the mean 1/N.
+    """
+    if form not in ("row_term", "row_term_foreground", "propagate", "both"):
+        raise ValueError(f"form must be row_term, row_term_foreground, propagate or both, got {form!r}")
+    score_BNK, affinity_high_BNN = score_BNK.float(), affinity_high_BNN.float()
+    scoring_BNK = lambda_low * min_max(affinity_low_BNN.float() @ score_BNK, column_mask_BK)
+    if form in ("propagate", "both"):
+        scoring_BNK = scoring_BNK + lambda_high * min_max(affinity_high_BNN @ score_BNK, column_mask_BK)
+    if form != "propagate":
+        row_BN = affinity_high_BNN.mean(-1) if row_term_BN is None else row_term_BN.float()
+        column_BK = column_mask_BK.clone()
+        if form != "row_term":
+            column_BK[:, num_foreground:] = False
+        scoring_BNK = scoring_BNK + lambda_high * row_BN[:, :, None] * column_BK[:, None, :]
+    return scoring_BNK
+
+
+def background_score(
+    cam_BNK: Tensor, column_mask_BK: Tensor, *, num_foreground: int, kind: BackgroundKind, constant: float, gamma: float
+) -> Tensor:
+    """The background's own map beside the foreground columns of a CAM in [0, 1]: BN (METHOD 1.18, 1b).
+
+    kind: `prompts` the maximum over the present background columns, `constant` that level everywhere (the threshold of a sweep),
+    `power` `(1 - max_fg)^gamma`. constant and gamma are read by the kind of their name only.
+    """
+    if kind == "constant":
+        return torch.full_like(cam_BNK[:, :, 0], constant)
+    if kind == "power":
+        foreground_BNK = cam_BNK[:, :, :num_foreground].masked_fill(~column_mask_BK[:, None, :num_foreground], 0.0)
+        return (1 - foreground_BNK.amax(-1)).clamp_min(0) ** gamma
+    if kind != "prompts":
+        raise ValueError(f"kind must be prompts, constant or power, got {kind!r}")
+    if cam_BNK.shape[-1] <= num_foreground:
+        raise ValueError(f"kind prompts needs background columns, got {cam_BNK.shape[-1]} columns, all foreground")
+    background_BNK = cam_BNK[:, :, num_foreground:]
+    return background_BNK.masked_fill(~column_mask_BK[:, None, num_foreground:], 0.0).amax(-1)
+
+
+def cam_to_label(
+    foreground_BCHW: Tensor, background_BHW: Tensor, labels_BC: Tensor, *, ignore_band: tuple[float, float] | None
+) -> Tensor:
+    """Label per position by argmax: 0 background, c for channel c-1; int64 (METHOD 1.18).
+
+    foreground_BCHW: class maps, channels second, any axes behind (pixels or patches). background_BHW: the same without channels.
+    labels_BC: bool, the image's classes; others cannot win. Ties go to the background, then to the lower class.
+    ignore_band (low, high): positions whose strongest present class scores in [low, high) become 255; None for no such band.
+    """
+    if background_BHW.shape != (foreground_BCHW.shape[0], *foreground_BCHW.shape[2:]):
+        raise ValueError(
+            f"background {tuple(background_BHW.shape)} does not fit the foreground maps {tuple(foreground_BCHW.shape)}"
+        )
+    absent_BC11 = ~labels_BC.reshape(*labels_BC.shape, *[1] * (foreground_BCHW.ndim - 2))
+    best_BHW, winner_BHW = foreground_BCHW.masked_fill(absent_BC11, -torch.inf).max(dim=1)
+    label_BHW = torch.where(best_BHW > background_BHW, winner_BHW + 1, 0)
+    if ignore_band is None:
+        return label_BHW
+    low, high = ignore_band
+    if low > high:
+        raise ValueError(f"ignore_band must be (low, high) with low <= high, got {ignore_band}")
+    return label_BHW.masked_fill((best_BHW >= low) & (best_BHW < high), _IGNORED)

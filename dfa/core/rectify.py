@@ -1,0 +1,117 @@
+"""Decoder features as teachers of the affinities: alignment of the low one (LFAA), rectification of the high one (HFAR).
+
+METHOD rows 1.7 to 1.12. Teachers and masks carry no gradient. Losses come as `(total, count)`, sums over valid elements, so that
+several ranks can divide by the global count; an empty selection gives (0, 0) and a zero gradient.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Student = Literal["inside_mask", "full_row"]
+Pair = tuple[Tensor, Tensor]
+
+_IGNORED = 255
+
+
+@torch.no_grad()
+def relations(features_BDN: Tensor, *, gain: float) -> Tensor:
+    """`S = sigmoid(gain cos(i, j))` between tokens after their mean is taken off: S_BNN, fp32, exactly symmetric, detached.
+
+    features_BDN: one band of the decoder's features (METHOD 1.7, DFA's `S_l = Sigmoid(F_ld^T F_ld)`). Our reading: raw dot products
+    saturate the sigmoid and plain cosines have no contrast, hence the centring and the gain (5 in the prototype).
+    """
+    with torch.autocast(features_BDN.device.type, enabled=False):
+        features_BDN = features_BDN.float()
+        direction_BDN = functional.normalize(features_BDN - features_BDN.mean(-1, keepdim=True), dim=1)
+        cosine_BNN = direction_BDN.mT @ direction_BDN
+        # A product's two halves may be rounded differently, and masks built on them would then disagree about a pair.
+        return torch.sigmoid((0.5 * gain) * (cosine_BNN + cosine_BNN.mT))
+
+
+@torch.no_grad()
+def quality_mask(teacher_BNN: Tensor, affinity_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """`alpha = mean_ij |S_l - A_s|` per image and `M_d = [S_l > alpha]` (METHOD 1.8; supplement eq. 1).
+
+    Returns mask_BNN (bool) and alpha_B. Our reading: the printed sum is ~1e5 while S_l <= 1, so M_d would be empty: the mean.
+    """
+    teacher_BNN, affinity_BNN = teacher_BNN.float(), affinity_BNN.float()
+    alpha_B = (teacher_BNN - affinity_BNN).abs().mean((1, 2))
+    return teacher_BNN > alpha_B[:, None, None], alpha_B
+
+
+def alignment_loss(teacher_BNN: Tensor, logit_BNN: Tensor, mask_BNN: Tensor, *, student: Student) -> Pair:
+    """`L_a = 1/sum(M_d) sum M_d S~ log(S~ / A~)`, tilde a row softmax, S_l the teacher (METHOD 1.9): total and sum(M_d).
+
+    teacher_BNN: S_l. logit_BNN: the logits of the learned A_s (our reading: the doubly stochastic matrix has entries ~1/N and no
+    gradient to speak of). mask_BNN: M_d. student: `inside_mask` normalises both distributions over the masked entries of a row, a
+    Kullback-Leibler divergence per row (our reading); `full_row` normalises both over the whole row and then masks, as printed,
+    which is no divergence and may be negative. Rows without a masked entry add nothing.
+    """
+    if student not in ("inside_mask", "full_row"):
+        raise ValueError(f"student must be inside_mask or full_row, got {student!r}")
+    with torch.autocast(logit_BNN.device.type, enabled=False):
+        teacher_BNN, logit_BNN = teacher_BNN.detach().float(), logit_BNN.float()
+        if student == "inside_mask":
+            # A finite floor, not -inf: a row without a masked entry must not make NaN, not even times zero.
+            floor = torch.finfo(torch.float32).min / 2
+            teacher_BNN = teacher_BNN.masked_fill(~mask_BNN, floor)
+            logit_BNN = logit_BNN.masked_fill(~mask_BNN, floor)
+        log_teacher_BNN = torch.log_softmax(teacher_BNN, dim=-1)
+        weight_BNN = log_teacher_BNN.exp() * mask_BNN
+        total = (weight_BNN * (log_teacher_BNN - torch.log_softmax(logit_BNN, dim=-1))).sum()
+    return total, mask_BNN.sum().float()
+
+
+@torch.no_grad()
+def reliable_masks(relations_BNN: Tensor, label_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs on which features and pseudo-labels agree: positive_BNN, negative_BNN and known_BNN, bool (METHOD 1.10, DFA's HFAR).
+
+    `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, 255 ignored.
+    Pairs with an ignored label are in neither and not known. Our reading: the mean is per image and over its known pairs.
+    """
+    valid_BN = label_BN != _IGNORED
+    known_BNN = valid_BN[:, :, None] & valid_BN[:, None, :]
+    num_known_B = known_BNN.sum((1, 2)).clamp_min(1)
+    mean_B = (relations_BNN * known_BNN).sum((1, 2)) / num_known_B
+    close_BNN = relations_BNN > mean_B[:, None, None]
+    same_BNN = label_BN[:, :, None] == label_BN[:, None, :]
+    return close_BNN & same_BNN & known_BNN, ~close_BNN & ~same_BNN & known_BNN, known_BNN
+
+
+@torch.no_grad()
+def resolve_unreliable(
+    positive_BNN: Tensor, negative_BNN: Tensor, known_BNN: Tensor, *, radius: int
+) -> tuple[Tensor, Tensor]:
+    """Lets the neighbours of both patches vote on pairs in neither mask (METHOD 1.11; supplement eq. 4-5): new positive, negative.
+
+    `N[p,q] = sum_{u=q-r..q+r} M[u,p] + sum_{v=p-r..p+r} M[q,v]`, u and v along the flattened token index, clipped at its ends;
+    `N_+ > N_-` makes the pair positive, anything else, ties too, negative. Pairs that are not known stay in neither mask.
+    Masks must be symmetric: then `R = box_{2r+1}(M)` along the last axis and `N = R + R^T`, and since only `N_+ - N_-` matters one
+    running sum over `M_+ - M_-` does. radius: 9 in the paper, whose grid is 20 x 20: the window of 19 is about one row, so scale it with the grid.
+    """
+    if radius < 0:
+        raise ValueError(f"radius must be at least 0, got {radius}")
+    num_patches = positive_BNN.shape[-1]
+    vote_BNN = positive_BNN.to(torch.int32) - negative_BNN.to(torch.int32)
+    running_BNN = functional.pad(vote_BNN.cumsum(-1, dtype=torch.int32), (1, 0))
+    index_N = torch.arange(num_patches, device=vote_BNN.device)
+    last_N = (index_N + radius + 1).clamp_max(num_patches)
+    first_N = (index_N - radius).clamp_min(0)
+    box_BNN = running_BNN.index_select(-1, last_N) - running_BNN.index_select(-1, first_N)
+    won_BNN = box_BNN + box_BNN.mT > 0
+    open_BNN = known_BNN & ~positive_BNN & ~negative_BNN
+    return positive_BNN | (open_BNN & won_BNN), negative_BNN | (open_BNN & ~won_BNN)
+
+
+def rectification_loss(probability_BNN: Tensor, positive_BNN: Tensor, negative_BNN: Tensor) -> tuple[Pair, Pair]:
+    """`L_r = sum M_+ (1 - A_inv) / sum M_+  +  sum M_- A_inv / sum M_-`: both as (total, count) (METHOD 1.12).
+
+    probability_BNN: the sigmoid map `P_inv` of the learned inverse affinity (our reading: a doubly stochastic entry cannot near 1).
+    """
+    probability_BNN = probability_BNN.float()
+    positive = torch.where(positive_BNN, 1 - probability_BNN, 0.0).sum(), positive_BNN.sum().float()
+    negative = torch.where(negative_BNN, probability_BNN, 0.0).sum(), negative_BNN.sum().float()
+    return positive, negative

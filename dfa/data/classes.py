@@ -1,0 +1,131 @@
+"""The class list of a data set: names, text prompts, palette."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# 0 is background and 255 is void in every mask.
+MAX_CLASSES = 254
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name most like `name`, whatever the case: for error messages."""
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    match = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.0)
+    return by_folded[match[0]] if match else ""
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The C foreground classes of a data set and the texts that stand for them.
+
+    Class `names[c - 1]` has index c in masks and labels; 0 is background, 255 void.
+
+    Attributes:
+        names: C foreground class names, in index order; no background among them.
+        prompts: for each class one or more texts; the embeddings of several are averaged.
+        background: background texts, one text-bank column each; may be empty.
+        templates: sentences with one `{}` for the text.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    background: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.names) <= MAX_CLASSES:
+            raise ValueError(f"a class list has 1 to {MAX_CLASSES} names, got {len(self.names)}")
+        if len(self.prompts) != len(self.names):
+            raise ValueError(f"{len(self.names)} class names but prompts for {len(self.prompts)}")
+        _check_texts("names", self.names)
+        _check_texts("background", self.background)
+        for name, prompts in zip(self.names, self.prompts, strict=True):
+            if not prompts:
+                raise ValueError(f"class {name!r} has no prompt")
+            _check_texts(f"prompts of {name!r}", prompts)
+        if "background" in (name.casefold() for name in self.names):
+            raise ValueError("names lists 'background': list foreground classes only, background is always index 0")
+        foreground = {text for prompts in self.prompts for text in prompts} | set(self.names)
+        if both := foreground & set(self.background):
+            raise ValueError(
+                f"{sorted(both)} are class texts and background prompts at once; drop them from background"
+            )
+        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
+            raise ValueError(f"each template needs exactly one {{}}, got {list(self.templates)}")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "ClassSet":
+        """Build from plain data as it stands in conf/classes_*.yaml.
+
+        Keys: `names` (list), `prompts` (mapping name -> text or list of texts; a name that is not listed stands for
+        itself), `background` (list), `templates` (list).
+
+        Raises:
+            ValueError: unknown or missing keys, prompts for an unknown class, duplicates.
+        """
+        allowed = ("names", "prompts", "background", "templates")
+        for key in mapping:
+            if key not in allowed:
+                raise ValueError(f"class list has key {key!r}; allowed: {allowed}; nearest: {nearest(key, allowed)!r}")
+        for key in ("names", "templates"):
+            if key not in mapping:
+                raise ValueError(f"class list has no {key!r}; needed are names and templates")
+        names = tuple(str(name) for name in mapping["names"])
+        prompts = mapping.get("prompts") or {}
+        for name in prompts:
+            if name not in names:
+                raise ValueError(f"prompts names class {name!r}; nearest in names: {nearest(name, names)!r}")
+        return cls(
+            names=names,
+            prompts=tuple(_as_texts(prompts.get(name, name)) for name in names),
+            background=_as_texts(mapping.get("background") or ()),
+            templates=_as_texts(mapping["templates"]),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of foreground classes."""
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Return the index 1..C of a class name.
+
+        Raises:
+            ValueError: unknown name; the message gives the nearest known one.
+        """
+        if name not in self.names:
+            raise ValueError(f"unknown class {name!r}; nearest known: {nearest(name, self.names)!r}")
+        return self.names.index(name) + 1
+
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """Return PASCAL VOC's palette, uint8 (256, 3): the bits of the index spread over R, G, B from the top."""
+        return voc_palette()
+
+
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """Return PASCAL VOC's colours of all 256 indices, uint8 (256, 3)."""
+    index = np.arange(256)
+    colors = np.zeros((256, 3), np.uint8)
+    # Bits 0, 3, 6 go to red, 1, 4, 7 to green, 2, 5 to blue, each from the highest bit of the channel downwards.
+    for bit in range(8):
+        colors[:, bit % 3] |= (((index >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colors
+
+
+def _as_texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(str(text) for text in value)
+
+
+def _check_texts(what: str, texts: tuple[str, ...]) -> None:
+    if any(not text.strip() for text in texts):
+        raise ValueError(f"{what} holds an empty text: {list(texts)}")
+    seen: set[str] = set()
+    for text in texts:
+        if text.casefold() in seen:
+            raise ValueError(f"{what} lists {text!r} twice")
+        seen.add(text.casefold())

@@ -1,0 +1,104 @@
+"""Any folder of images with a table of labels, or with one sub-folder per class."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dfa.data.classes import ClassSet, nearest
+from dfa.data.labels import (
+    NO_LABEL,
+    LabelKind,
+    LabelProblem,
+    Labels,
+    check_label_kind,
+    read_label_table,
+    strip_image_extension,
+)
+from dfa.data.samples import IMAGE_EXTENSIONS, MaskFile, Reject, Sample, judge, sample_key
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Any folder of images with a table of labels, or with one sub-folder per class.
+
+    Attributes:
+        root: folder; images are looked for in all sub-folders.
+        classes: the class list.
+        table: .csv, .tsv or .jsonl file with an image and a label column; None means one sub-folder per class.
+        image_column, label_column: names of the table's columns. Images are paths relative to `root`, with or without
+            extension.
+        separator: between several labels in one cell.
+        label_kind: how the table names classes.
+        masks: folder (absolute, or inside `root`) of PNG masks with the images' relative stems, or None.
+        keep_unlabelled: keep an image without labels as all-background instead of rejecting it.
+    """
+
+    root: str
+    classes: ClassSet
+    table: str | None = None
+    image_column: str = "image"
+    label_column: str = "labels"
+    separator: str = ";"
+    label_kind: LabelKind = "names"
+    masks: str | None = None
+    keep_unlabelled: bool = False
+
+    def __post_init__(self) -> None:
+        check_label_kind(self.label_kind)
+
+    def __iter__(self) -> Iterator[Sample | Reject]:
+        mask_folder = None if self.masks is None else os.path.join(self.root, self.masks)
+        if mask_folder is not None and not os.path.isdir(mask_folder):
+            raise ValueError(f"masks={self.masks!r} but there is no folder {mask_folder}")
+        names = self._names(mask_folder)
+        table = self._table()
+        used = set()
+        for name in names:
+            stem = strip_image_extension(name)
+            used |= {name, stem}
+            labels = self._folder_labels(name) if table is None else table.get(name, table.get(stem))
+            key, path, mask = sample_key(stem), os.path.join(self.root, name), None
+            if mask_folder is not None:
+                mask = MaskFile(os.path.join(mask_folder, f"{stem}.png"))
+                if not os.path.isfile(mask.path):
+                    yield Reject(key, path, f"mask {mask.path} is missing")
+                    continue
+            yield judge(key, path, labels, mask, keep_unlabelled=self.keep_unlabelled)
+        for name in sorted(set(table or ()) - used):
+            reason = f"listed in {self.table} but not there"
+            yield Reject(sample_key(strip_image_extension(name) or "_"), os.path.join(self.root, name), reason)
+
+    def _names(self, mask_folder: str | None) -> list[str]:
+        """List the images as sorted relative paths; the mask folder and hidden files are none."""
+        skipped = None if mask_folder is None else os.path.realpath(mask_folder)
+        names = []
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) != skipped]
+            relative = os.path.relpath(folder, self.root)
+            for name in files:
+                if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
+                    names.append(os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/"))
+        if not names:
+            raise ValueError(f"no image in {self.root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders)")
+        return sorted(names)
+
+    def _table(self) -> dict[str, Labels] | None:
+        if self.table is None:
+            return None
+        return read_label_table(
+            self.table,
+            classes=self.classes,
+            kind=self.label_kind,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            separator=self.separator,
+        )
+
+    def _folder_labels(self, name: str) -> Labels:
+        folder, slash, _ = name.partition("/")
+        if not slash:
+            return LabelProblem(f"{NO_LABEL} (no label table, and {name!r} lies in no sub-folder named for a class)")
+        with contextlib.suppress(ValueError):
+            return (self.classes.index(folder),)
+        return LabelProblem(f"unknown class folder {folder!r}; nearest known: {nearest(folder, self.classes.names)!r}")

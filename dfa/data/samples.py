@@ -1,0 +1,99 @@
+"""What a source yields: a Sample for each usable image, a Reject with the reason for each other."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfa.data.labels import NO_LABEL, LabelProblem, Labels
+from dfa.data.transforms import VOID, UInt8Array
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+_MAX_KEY_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A mask that lies on disk as PNG."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One region: value to paint and COCO's compressed run-length code (column-major)."""
+
+    value: int
+    counts: bytes
+
+
+@dataclass(frozen=True)
+class MaskSegments:
+    """A mask to be painted: segments in painting order, later ones on top."""
+
+    height: int
+    width: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what is known about it; complete in itself, so that a remote task needs no other file but these.
+
+    Attributes:
+        key: unique name of letters, digits, `_` and `-`; also what randomness is keyed by.
+        image: path of the JPEG or PNG.
+        labels: ascending class indices 1..C; empty only where the source keeps unlabelled images as all-background.
+        mask: ground truth, or None.
+    """
+
+    key: str
+    image: str
+    labels: tuple[int, ...]
+    mask: MaskFile | MaskSegments | None = None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One image that was left out, and why."""
+
+    key: str
+    path: str
+    reason: str
+
+
+def sample_key(name: str) -> str:
+    """Return the key of an image name (without extension): anything but letters, digits, `_`, `-` becomes `_`.
+
+    WebDataset splits member names at the first dot and some tools at slashes. Names beyond 80 characters keep their
+    first 63 and end in a hash. Two names may meet in one key; `plan_shards` refuses that.
+    """
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    if not key:
+        raise ValueError("an image has an empty name")
+    if len(key) > _MAX_KEY_LENGTH:
+        key = key[:63] + "-" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+    return key
+
+
+def check_mask_values(mask_HW: UInt8Array, *, num_classes: int, where: str) -> None:
+    """Raise a ValueError unless all values are 0..C or 255."""
+    values = np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256))
+    wrong = [int(value) for value in values if num_classes < value != VOID]
+    if wrong:
+        hint = " (COCO's original category ids must become 1..80 by ascending id)" if max(wrong) <= 91 else ""
+        raise ValueError(f"{where} has values {wrong[:8]}; allowed are 0..{num_classes} and {VOID}{hint}")
+
+
+def judge(
+    key: str, image: str, labels: Labels | None, mask: MaskFile | MaskSegments | None, *, keep_unlabelled: bool
+) -> Sample | Reject:
+    """Make the sample, or the reject that its labels call for; None stands for an image that nothing is said about."""
+    if labels is None:
+        labels = LabelProblem(NO_LABEL)
+    if isinstance(labels, LabelProblem):
+        if not (keep_unlabelled and labels.reason.startswith(NO_LABEL)):
+            return Reject(key, image, labels.reason)
+        labels = ()
+    return Sample(key, image, labels, mask)

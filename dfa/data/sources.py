@@ -1,0 +1,352 @@
+"""Data sets as users have them on disk -> Sample: VOC 2012 folders, COCO instances JSON, any folder with a label table.
+
+A source is a small picklable description; iterating it reads what is there now and yields, in a fixed order, a `Sample`
+for each usable image and a `Reject` with the reason for each other. Image-level labels come from annotations or label
+files; ground-truth masks are read for labels only where `labels="masks"` asks for it by name, and a mask folder may be
+missing unless masks are wanted.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from dfa.data import storage
+from dfa.data.classes import ClassSet, nearest
+from dfa.data.folder import FolderSource
+from dfa.data.labels import (
+    LabelKind,
+    LabelProblem,
+    Labels,
+    check_label_kind,
+    labels_in_mask,
+    read_label_text,
+    read_voc_annotation,
+    strip_image_extension,
+)
+from dfa.data.samples import (
+    IMAGE_EXTENSIONS,
+    MaskFile,
+    MaskSegments,
+    Reject,
+    Sample,
+    Segment,
+    check_mask_values,
+    judge,
+    sample_key,
+)
+from dfa.data.transforms import VOID, UInt8Array, decode_mask
+
+__all__ = [
+    "ClassSet",
+    "CocoSource",
+    "FolderSource",
+    "MaskFile",
+    "MaskSegments",
+    "Reject",
+    "Sample",
+    "Segment",
+    "VocSource",
+    "mask_array",
+    "sample_key",
+]
+
+#: Masks are decoded only after their image passed the writer's own limit; this one stops absurd files.
+_MAX_MASK_PIXELS = 200_000_000
+
+
+def mask_array(sample: Sample, *, num_classes: int) -> UInt8Array:
+    """Return a sample's ground truth: uint8 (H, W), 0 background, 1..C classes, 255 void.
+
+    Raises:
+        ValueError: no mask, an RGB picture of one, or values outside 0..C and 255.
+    """
+    if sample.mask is None:
+        raise ValueError(f"sample {sample.key!r} has no mask")
+    if isinstance(sample.mask, MaskSegments):
+        mask, where = _paint(sample.mask), f"annotations of {sample.key!r}"
+    else:
+        where = f"mask {sample.mask.path}"
+        try:
+            mask = decode_mask(storage.read_bytes(sample.mask.path), max_pixels=_MAX_MASK_PIXELS)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    check_mask_values(mask, num_classes=num_classes, where=where)
+    return mask
+
+
+def _paint(mask: MaskSegments) -> UInt8Array:
+    canvas = np.zeros((mask.height, mask.width), np.uint8)
+    for segment in mask.segments:
+        code = {"size": [mask.height, mask.width], "counts": segment.counts}
+        canvas[coco_mask.decode(code).astype(bool)] = segment.value  # type: ignore[arg-type]
+    return canvas
+
+
+def _images_by_stem(folder: str) -> dict[str, str]:
+    """Map stem -> path of the images that lie directly in a folder."""
+    return {
+        os.path.splitext(name)[0]: os.path.join(folder, name)
+        for name in storage.list_names(folder)
+        if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+    }
+
+
+@dataclass(frozen=True)
+class VocSource:
+    """A PASCAL VOC 2012 folder.
+
+    Attributes:
+        root: the folder with JPEGImages, or its parent VOCdevkit, or the one above.
+        split: name of a list in ImageSets/Segmentation (`train`, `train_aug`, `val`), or the path of a .txt file.
+        classes: the class list.
+        labels: `auto` takes the label file if one is given, else Annotations/*.xml; `masks` reads ground truth.
+        label_file: text file of `id class class ...`.
+        label_kind: how the label file names classes.
+        keep_difficult: count XML objects marked `difficult`; the field does.
+        masks: name of the mask folder (`SegmentationClass`, `SegmentationClassAug`), or None for a run without masks.
+        keep_unlabelled: keep an image without labels as all-background instead of rejecting it.
+    """
+
+    root: str
+    split: str
+    classes: ClassSet
+    labels: Literal["auto", "annotations", "file", "masks"] = "auto"
+    label_file: str | None = None
+    label_kind: LabelKind = "names"
+    keep_difficult: bool = True
+    masks: str | None = None
+    keep_unlabelled: bool = False
+
+    def __post_init__(self) -> None:
+        check_label_kind(self.label_kind)
+        if self.labels not in ("auto", "annotations", "file", "masks"):
+            raise ValueError(f"labels is {self.labels!r}; allowed: 'auto', 'annotations', 'file', 'masks'")
+        if self.labels == "file" and self.label_file is None:
+            raise ValueError("labels='file' needs label_file")
+        if self.labels == "masks" and self.masks is None:
+            raise ValueError("labels='masks' needs masks, the name of the mask folder")
+
+    def __iter__(self) -> Iterator[Sample | Reject]:
+        folder = self._folder()
+        images = _images_by_stem(os.path.join(folder, "JPEGImages"))
+        if not images:
+            raise ValueError(f"{folder}/JPEGImages holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        mask_folder = self._mask_folder(folder)
+        mask_names = set() if mask_folder is None else set(storage.list_names(mask_folder))
+        how = self._labels_from(folder)
+        table = None
+        if how == "file" and self.label_file is not None:
+            table = read_label_text(self.label_file, classes=self.classes, kind=self.label_kind)
+        for name in self._split_names(folder):
+            key = sample_key(name)
+            if name not in images:
+                yield Reject(key, f"{folder}/JPEGImages/{name}.jpg", f"listed in split {self.split!r} but not there")
+                continue
+            mask = None
+            if mask_folder is not None:
+                mask = MaskFile(os.path.join(mask_folder, f"{name}.png"))
+                if f"{name}.png" not in mask_names:
+                    yield Reject(key, images[name], f"mask {mask.path} is missing")
+                    continue
+            labels = table.get(name) if table is not None else self._labels(folder, how, name, mask)
+            yield judge(key, images[name], labels, mask, keep_unlabelled=self.keep_unlabelled)
+
+    def _folder(self) -> str:
+        tried = [os.path.join(self.root, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"))]
+        for folder in tried:
+            if os.path.isdir(os.path.join(folder, "JPEGImages")):
+                return folder
+        raise ValueError(f"no VOC folder at {self.root}: looked for JPEGImages in {', '.join(tried)}")
+
+    def _split_names(self, folder: str) -> list[str]:
+        lists = os.path.join(folder, "ImageSets", "Segmentation")
+        path = self.split if self.split.endswith(".txt") else os.path.join(lists, f"{self.split}.txt")
+        if not os.path.isfile(path):
+            known = [os.path.splitext(name)[0] for name in storage.list_names(lists)] if os.path.isdir(lists) else []
+            raise ValueError(
+                f"no split {self.split!r} ({path}); known: {known}; nearest: {nearest(self.split, known)!r}"
+            )
+        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+        # Some published lists have `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` lines instead of ids.
+        return [strip_image_extension(os.path.basename(line.split()[0])) for line in lines if line.strip()]
+
+    def _mask_folder(self, folder: str) -> str | None:
+        if self.masks is None:
+            return None
+        path = os.path.join(folder, self.masks)
+        if not os.path.isdir(path):
+            raise ValueError(
+                f"masks={self.masks!r} but there is no folder {path}; it holds {storage.list_names(folder)}"
+            )
+        return path
+
+    def _labels_from(self, folder: str) -> str:
+        if self.labels != "auto":
+            return self.labels
+        if self.label_file is not None:
+            return "file"
+        if os.path.isdir(os.path.join(folder, "Annotations")):
+            return "annotations"
+        raise ValueError(
+            f"{folder} has no Annotations and no label_file is given: give one (lines of `id class class ...`), "
+            "or ask for labels='masks' by name"
+        )
+
+    def _labels(self, folder: str, how: str, name: str, mask: MaskFile | None) -> Labels:
+        if how == "annotations":
+            path = os.path.join(folder, "Annotations", f"{name}.xml")
+            return read_voc_annotation(path, classes=self.classes, keep_difficult=self.keep_difficult)
+        return _labels_from_mask(Sample(name, "", (), mask), num_classes=self.classes.num_classes)
+
+
+def _labels_from_mask(sample: Sample, *, num_classes: int) -> Labels:
+    try:
+        return labels_in_mask(mask_array(sample, num_classes=num_classes))
+    except (ValueError, OSError) as error:
+        return LabelProblem(str(error))
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """A COCO instances JSON with its image folder.
+
+    Category ids are sorted and become 1..C (the original ids run to 90 with gaps); their names must be the class list.
+
+    Masks are painted from the annotations: crowd regions first, then objects by descending area (ties by annotation
+    id), so that a small object on a large one stays visible.
+
+    Attributes:
+        images: folder of `file_name`s.
+        annotations: the JSON file.
+        classes: the class list, in order of ascending category id.
+        masks: paint ground-truth masks.
+        crowd: what an `iscrowd` region is. `class`: painted and labelled like an object, as in the field's VOC-style
+            COCO masks; `void`: painted 255, no label; `drop`: ignored.
+        label_file: text file of `file_stem class class ...` to take instead of the annotations' classes.
+        label_kind: how the label file names classes (multi-word names need an index kind).
+        keep_unlabelled: keep an image without labels as all-background instead of rejecting it.
+    """
+
+    images: str
+    annotations: str
+    classes: ClassSet
+    masks: bool = False
+    crowd: Literal["class", "void", "drop"] = "class"
+    label_file: str | None = None
+    label_kind: LabelKind = "names"
+    keep_unlabelled: bool = False
+
+    def __post_init__(self) -> None:
+        check_label_kind(self.label_kind)
+        if self.crowd not in ("class", "void", "drop"):
+            raise ValueError(f"crowd is {self.crowd!r}; allowed: 'class', 'void', 'drop'")
+
+    def __iter__(self) -> Iterator[Sample | Reject]:
+        document = self._document()
+        contiguous = contiguous_indices(document["categories"], classes=self.classes, where=self.annotations)
+        by_image: dict[int, list[dict[str, Any]]] = {}
+        for annotation in document["annotations"]:
+            if not (self.crowd == "drop" and annotation.get("iscrowd")):
+                by_image.setdefault(annotation["image_id"], []).append(annotation)
+        table = None
+        if self.label_file is not None:
+            table = read_label_text(self.label_file, classes=self.classes, kind=self.label_kind)
+        on_disk = set(storage.list_names(self.images)) if os.path.isdir(self.images) else set()
+        if not on_disk:
+            raise ValueError(f"image folder {self.images} is missing or empty")
+        for image in sorted(document["images"], key=lambda image: str(image["file_name"])):
+            name = str(image["file_name"])
+            path = os.path.join(self.images, name)
+            key = sample_key(strip_image_extension(name))
+            if os.path.isabs(name) or ".." in name.split("/"):
+                yield Reject(key, name, "file_name leaves the image folder")
+            elif name not in on_disk and not os.path.isfile(path):
+                yield Reject(key, path, f"listed in {self.annotations} but not there")
+            else:
+                yield self._sample(key, path, image, by_image.get(image["id"], []), contiguous, table)
+
+    def _document(self) -> dict[str, Any]:
+        if not os.path.isfile(self.annotations):
+            raise ValueError(f"no annotation file {self.annotations}")
+        document = storage.read_json(self.annotations)
+        for part in ("images", "annotations", "categories"):
+            if not isinstance(document, dict) or not isinstance(document.get(part), list):
+                raise ValueError(f"{self.annotations} is no COCO instances file: it has no list {part!r}")
+        return document
+
+    def _sample(
+        self,
+        key: str,
+        path: str,
+        image: dict[str, Any],
+        annotations: list[dict[str, Any]],
+        contiguous: dict[int, int],
+        table: dict[str, Labels] | None,
+    ) -> Sample | Reject:
+        unknown = sorted({a["category_id"] for a in annotations} - set(contiguous))
+        if unknown:
+            return Reject(key, path, f"annotations have category ids {unknown} that the categories do not list")
+        present = {contiguous[a["category_id"]] for a in annotations if not (self.crowd == "void" and a.get("iscrowd"))}
+        labels: Labels | None = tuple(sorted(present)) or None
+        if table is not None:
+            labels = table.get(os.path.splitext(os.path.basename(path))[0])
+        mask = None
+        if self.masks:
+            try:
+                mask = self._segments(image, annotations, contiguous)
+            except (ValueError, TypeError, KeyError) as error:
+                return Reject(key, path, f"annotations cannot be painted: {error}")
+        return judge(key, path, labels, mask, keep_unlabelled=self.keep_unlabelled)
+
+    def _segments(
+        self, image: dict[str, Any], annotations: list[dict[str, Any]], contiguous: dict[int, int]
+    ) -> MaskSegments:
+        height, width = int(image["height"]), int(image["width"])
+        order = []
+        for annotation in annotations:
+            code = _run_lengths(annotation["segmentation"], height, width)
+            crowd = bool(annotation.get("iscrowd"))
+            value = VOID if crowd and self.crowd == "void" else contiguous[annotation["category_id"]]
+            rank = (not crowd, -int(coco_mask.area(code)), int(annotation["id"]))  # type: ignore[arg-type]
+            order.append((rank, Segment(value, code["counts"])))
+        return MaskSegments(height, width, tuple(segment for _, segment in sorted(order, key=lambda pair: pair[0])))
+
+
+def contiguous_indices(categories: list[dict[str, Any]], *, classes: ClassSet, where: str) -> dict[int, int]:
+    """Map category id -> 1..C by ascending id, after checking that the names are the class list.
+
+    Raises:
+        ValueError: other names, order or number than the class list, or repeated ids.
+    """
+    ordered = sorted((int(category["id"]), str(category["name"])) for category in categories)
+    if len({identity for identity, _ in ordered}) != len(ordered):
+        raise ValueError(f"{where} lists a category id twice")
+    if len(ordered) != classes.num_classes:
+        raise ValueError(f"{where} has {len(ordered)} categories, the class list has {classes.num_classes}")
+    for index, ((identity, name), expected) in enumerate(zip(ordered, classes.names, strict=True), start=1):
+        if name != expected:
+            raise ValueError(f"{where}: category id {identity} is {name!r}, class {index} of the list is {expected!r}")
+    return {identity: index for index, (identity, _) in enumerate(ordered, start=1)}
+
+
+def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Return polygons or run lengths as one compressed run-length code of exactly this size."""
+    if isinstance(segmentation, list):
+        # pycocotools takes four numbers for a box, and fewer for nonsense.
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        if not polygons:
+            raise ValueError("a polygon has fewer than three points")
+        return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))  # type: ignore[arg-type, return-value]
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"run lengths are of size {segmentation['size']}, the image is {[height, width]}")
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        # The decoder in C trusts its input, so it is checked here.
+        if sum(counts) != height * width or min(counts) < 0:
+            raise ValueError(f"run lengths sum to {sum(counts)}, the image has {height * width} pixels")
+        return coco_mask.frPyObjects(segmentation, height, width)  # type: ignore[arg-type, return-value]
+    return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else bytes(counts)}

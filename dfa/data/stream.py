@@ -1,0 +1,257 @@
+"""From shards to batches: the training stream on Ray Data, and the plain reader for validation.
+
+One stream covers all epochs of a run. Its items are (epoch, shard, rows); the only operator turns an item into decoded, augmented blocks of
+fixed shape (see `reading`), so Ray schedules, bounds memory and splits between workers while a shard is still read once, sequentially.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray.data
+import torch
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from torch import Tensor
+
+from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, remaining_items, shard_offsets
+from dfa.data.shards import RawSample, ShardIndex, read_shard
+from dfa.data.transforms import decode_mask, decode_rgb
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ReadReject:
+    """A sample that could not be decoded while training: counted as consumed, never trained."""
+
+    epoch: int
+    sample: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one step. B may be smaller than the micro-batch (rejected samples, end of the stream), even 0.
+
+    Attributes:
+        image_B3HW: uint8 RGB.
+        valid_BHW: bool, False on padding.
+        labels_BC: bool, image-level labels; column c - 1 is class c.
+        mask_BHW: uint8 class indices, 255 on void and padding, or None where masks were not asked for.
+        keys: sample keys, length B.
+        epoch_B: int64.
+        sample_B: int64, global number of the sample in the index.
+        rejected: samples that came with this batch and could not be read.
+    """
+
+    image_B3HW: Tensor
+    valid_BHW: Tensor
+    labels_BC: Tensor
+    mask_BHW: Tensor | None
+    keys: tuple[str, ...]
+    epoch_B: Tensor
+    sample_B: Tensor
+    rejected: tuple[ReadReject, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its pixels and labels on `device` (the book-keeping stays on the CPU)."""
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        mask = None if self.mask_BHW is None else move(self.mask_BHW)
+        return replace(
+            self,
+            image_B3HW=move(self.image_B3HW),
+            valid_BHW=move(self.valid_BHW),
+            labels_BC=move(self.labels_BC),
+            mask_BHW=mask,
+        )
+
+
+class _ShardStream(Datasource):
+    """Read tasks in order: one for each item, and one for the filler."""
+
+    def __init__(self, tasks: Sequence[tuple[Reader, Item | int]]) -> None:
+        super().__init__()
+        self._tasks = list(tasks)
+
+    def get_name(self) -> str:
+        return "ShardStream"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(reader.row_bytes * _num_rows(work) for reader, work in self._tasks)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        return [_read_task(reader, work) for reader, work in self._tasks]
+
+
+def _num_rows(work: Item | int) -> int:
+    return work if isinstance(work, int) else len(work.rows)
+
+
+def _read_task(reader: Reader, work: Item | int) -> ReadTask:
+    num_rows = _num_rows(work)
+    metadata = BlockMetadata(
+        num_rows=num_rows, size_bytes=num_rows * reader.row_bytes, input_files=(reader.path,), exec_stats=None
+    )
+    read = reader.filler if isinstance(work, int) else reader.blocks
+    return ReadTask(functools.partial(read, work, BlockAccessor.batch_to_arrow_block), metadata)  # type: ignore[arg-type]
+
+
+def train_stream(
+    index: ShardIndex,
+    *,
+    seed: int,
+    num_samples: int,
+    finished_epochs: int,
+    open_epochs: Mapping[int, npt.NDArray[np.bool_]],
+    crop: CropSettings,
+    with_masks: bool,
+    multiple_of: int,
+    read_cpus: float,
+    max_readers: int,
+) -> ray.data.Dataset:
+    """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
+
+    Filler rows bring the length to a multiple of `multiple_of` (the number of workers), because Ray drops what does not divide evenly;
+    `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that counting stays exact.
+
+    Args:
+        num_samples: length of the whole run, counted from its very beginning.
+        finished_epochs, open_epochs: what was consumed, see `remaining_items`.
+        with_masks: read ground-truth masks (only for training on ground truth, by name).
+        read_cpus: CPUs that one read task reserves; fractional, or two workers leave none for reading on a small machine and the run hangs.
+        max_readers: read tasks at a time. Each holds one shard's encoded bytes and one block of pixels.
+
+    Raises:
+        BrokenShardError (while reading): a shard that cannot be read; it is named.
+    """
+    offsets = shard_offsets([s.num_samples for s in index.shards])
+
+    def reader(shard: int) -> Reader:
+        path = index.path(index.shards[shard].name)
+        return Reader(path, int(offsets[shard]), len(index.class_names), seed, crop, with_masks)
+
+    items = remaining_items(
+        [s.num_samples for s in index.shards],
+        seed=seed,
+        num_samples=num_samples,
+        finished_epochs=finished_epochs,
+        open_epochs=open_epochs,
+    )
+    tasks: list[tuple[Reader, Item | int]] = [(reader(item.shard), item) for item in items]
+    num_rows = sum(_num_rows(work) for _, work in tasks)
+    if -num_rows % multiple_of or not tasks:
+        tasks.append((reader(0), -num_rows % multiple_of or multiple_of))
+    dataset = ray.data.read_datasource(
+        _ShardStream(tasks), num_cpus=read_cpus, concurrency=max_readers, override_num_blocks=len(tasks)
+    )
+    dataset.context.target_max_block_size = BLOCK_BYTES * 2  # our blocks pass as they are
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset
+
+
+def ingest_options(*, window_bytes: int) -> ray.data.ExecutionOptions:
+    """How Ray executes the stream: in order (two runs see the same batches) and with at most `window_bytes` of decoded pixels ahead.
+
+    Without the bound Ray fills half of its object store, gigabytes, because back-pressure only counts bytes.
+    """
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=float(window_bytes))
+    return options
+
+
+def iterate(shard: ray.data.DataIterator | ray.data.Dataset, *, batch_size: int, prefetch: int) -> Iterator[Batch]:
+    """Batches of one worker's part of `train_stream`. `prefetch` batches are fetched and concatenated ahead."""
+    for columns in shard.iter_batches(
+        batch_size=batch_size, batch_format="numpy", prefetch_batches=prefetch, drop_last=False
+    ):
+        yield _to_batch(columns)
+
+
+def _to_batch(columns: Mapping[str, Array]) -> Batch:
+    reject = columns["reject"]
+    good = np.flatnonzero(reject == "")
+    bad = np.flatnonzero((reject != "") & (reject != FILLER))
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(columns[name][good])  # indexing copies: Ray's arrays are read-only
+
+    return Batch(
+        image_B3HW=tensor("image"),
+        valid_BHW=tensor("valid"),
+        labels_BC=tensor("labels"),
+        mask_BHW=tensor("mask") if "mask" in columns else None,
+        keys=tuple(str(key) for key in columns["key"][good]),
+        epoch_B=tensor("epoch"),
+        sample_B=tensor("sample"),
+        rejected=tuple(
+            ReadReject(int(columns["epoch"][i]), int(columns["sample"][i]), str(columns["key"][i]), str(reject[i]))
+            for i in bad
+        ),
+    )
+
+
+def eval_batches(
+    index: ShardIndex, *, rank: int, world: int, batch_size: int, max_pixels: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """Whole images with their masks at their own size, every `world`-th sample of the index from `rank` on, without Ray.
+
+    Neighbours of equal size share a batch of at most `batch_size`. `limit` takes the first samples of the index only. What does not decode
+    is left out with a warning.
+
+    Raises:
+        ValueError: a sample has no mask.
+    """
+    pending: list[tuple[RawSample, int, Array, Array]] = []
+    for raw, sample in _rank_rows(index, rank=rank, world=world, limit=limit):
+        if raw.mask is None:
+            raise ValueError(f"{raw.shard}, key {raw.key!r}: evaluation needs masks and this sample has none")
+        try:
+            image, mask = decode_rgb(raw.image, max_pixels=max_pixels), decode_mask(raw.mask, max_pixels=max_pixels)
+        except ValueError as error:
+            logger.warning("sample %s of %s is left out of the evaluation: %s", raw.key, raw.shard, error)
+            continue
+        if pending and (len(pending) == batch_size or pending[0][2].shape != image.shape):
+            yield _eval_batch(pending, len(index.class_names))
+            pending = []
+        pending.append((raw, sample, image, mask))
+    if pending:
+        yield _eval_batch(pending, len(index.class_names))
+
+
+def _rank_rows(index: ShardIndex, *, rank: int, world: int, limit: int | None) -> Iterator[tuple[RawSample, int]]:
+    stop = index.num_samples if limit is None else min(limit, index.num_samples)
+    for shard, offset in zip(index.shards, shard_offsets([s.num_samples for s in index.shards]).tolist(), strict=True):
+        first = offset + (rank - offset) % world
+        wanted = range(first - offset, min(shard.num_samples, stop - offset), world)
+        if len(wanted):
+            yield from ((raw, offset + raw.row) for raw in read_shard(index.path(shard.name), wanted=wanted))
+
+
+def _eval_batch(pending: Sequence[tuple[RawSample, int, Array, Array]], num_classes: int) -> Batch:
+    labels = np.zeros((len(pending), num_classes), bool)
+    for row, (raw, _, _, _) in zip(labels, pending, strict=True):
+        row[[c - 1 for c in raw.labels]] = True
+    image = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for _, _, image, _ in pending]))
+    return Batch(
+        image_B3HW=image,
+        valid_BHW=torch.ones((len(pending), *image.shape[2:]), dtype=torch.bool),
+        labels_BC=torch.from_numpy(labels),
+        mask_BHW=torch.from_numpy(np.stack([mask for _, _, _, mask in pending])),
+        keys=tuple(raw.key for raw, _, _, _ in pending),
+        epoch_B=torch.zeros(len(pending), dtype=torch.int64),
+        sample_B=torch.tensor([sample for _, sample, _, _ in pending], dtype=torch.int64),
+    )

@@ -1,0 +1,273 @@
+"""Pixels of one image: decoding with limits, the training crop, the resize for inference. Pure numpy and PIL.
+
+One frame for everything: pixels are used as they are stored in the file. An EXIF orientation is *not* applied, because
+masks, COCO's width/height and every array that a user reads with numpy live in the stored frame.
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
+
+VOID = 255
+#: CLIP's mean colour: padding normalises to about zero, so that the frozen encoder sees nothing there.
+CLIP_MEAN_COLOR = (123, 117, 104)
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_EXIF_ORIENTATION = 274
+# What PIL raises on broken files, by experience and by its sources; anything else is a bug and shall surface.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def image_extension(data: bytes) -> Literal["jpg", "png"]:
+    """Return the real format of encoded image bytes, whatever the file was called.
+
+    Raises:
+        ValueError: neither JPEG nor PNG.
+    """
+    if data.startswith(_JPEG_MAGIC):
+        return "jpg"
+    if data.startswith(_PNG_MAGIC):
+        return "png"
+    raise ValueError(f"not a JPEG or PNG file (it starts with {data[:8]!r}); convert it to one of the two")
+
+
+def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Open without decoding, so that an oversized picture is refused before its pixels take memory."""
+    image_extension(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    except _BROKEN as error:
+        raise ValueError(f"cannot read the image header: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"image has {width} x {height} = {width * height} pixels, more than max_pixels={max_pixels}")
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise ValueError(f"image does not decode completely: {error}") from error
+    return image
+
+
+def orientation(data: bytes, *, max_pixels: int) -> int:
+    """Return the EXIF orientation (1 = upright or not given). It is never applied; see the module's docstring."""
+    return int(_open(data, max_pixels=max_pixels).getexif().get(_EXIF_ORIENTATION, 1) or 1)
+
+
+def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
+    """Decode a JPEG or PNG completely to RGB.
+
+    Grayscale, palette and CMYK pictures are converted, 16-bit ones keep their upper byte, transparency is dropped.
+
+    Args:
+        data: encoded bytes.
+        max_pixels: largest width x height accepted; checked from the header, before decoding.
+
+    Returns:
+        uint8 (H, W, 3), in the stored frame.
+
+    Raises:
+        ValueError: another format, too many pixels, truncated or broken data.
+    """
+    image = _load(_open(data, max_pixels=max_pixels))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def decode_mask(data: bytes, *, max_pixels: int) -> UInt8Array:
+    """Decode a class-index mask: a palette or 8-bit grey PNG whose *values* are classes (0 background, 255 void).
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ValueError: not a PNG, an RGB picture of a mask (the palette's colours instead of indices), 1- or 16-bit values.
+    """
+    if image_extension(data) != "png":
+        raise ValueError("mask is a JPEG: lossy compression changes class indices, a PNG is needed")
+    image = _load(_open(data, max_pixels=max_pixels))
+    if image.mode not in ("P", "L"):
+        raise ValueError(
+            f"mask has mode {image.mode}, not class indices: needed is a palette (P) or 8-bit grey (L) PNG "
+            "with 0 for background, 1..C for classes and 255 for void"
+        )
+    return np.array(image)
+
+
+def encode_mask(mask_HW: UInt8Array, palette: UInt8Array) -> bytes:
+    """Encode class indices (H, W) as a palette PNG; `palette` is (256, 3) uint8. Same input, same bytes."""
+    if mask_HW.dtype != np.uint8 or mask_HW.ndim != 2:
+        raise ValueError(f"mask must be uint8 (H, W), got {mask_HW.dtype} {mask_HW.shape}")
+    image = Image.fromarray(mask_HW).convert("L")
+    image.putpalette(palette.reshape(-1).tolist())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """Return the generator of one sample in one epoch: a pure function of its arguments.
+
+    One worker or eight, this process or another: the same crops. Python's `hash` is salted per process, hence blake2b.
+    """
+    digest = hashlib.blake2b(f"{int(seed)}:{int(epoch)}:{key}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A square training crop of side S.
+
+    Attributes:
+        image: uint8 (S, S, 3).
+        valid: bool (S, S), False on padding.
+        mask: uint8 (S, S) with 255 on padding, or None when the sample has no mask.
+    """
+
+    image: UInt8Array
+    valid: BoolArray
+    mask: UInt8Array | None
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One axis of the crop: `count` pixels from `source` of the scaled image land at `target` of the crop."""
+
+    source: int
+    target: int
+    count: int
+
+
+def _window(scaled: int, size: int, position: float) -> _Window:
+    """Place a crop on an axis of `scaled` pixels; `position` in [0, 1) chooses evenly among all placements."""
+    offset = int(position * (abs(scaled - size) + 1))
+    return _Window(offset, 0, size) if scaled >= size else _Window(0, offset, scaled)
+
+
+def _nearest_index(window: _Window, scaled: int, original: int) -> npt.NDArray[np.int64]:
+    """Original index of each pixel in the window: pixel centres, as PIL's nearest filter has them."""
+    centre = np.arange(window.source, window.source + window.count) + 0.5
+    return np.minimum((centre * original / scaled).astype(np.int64), original - 1)
+
+
+def augment(
+    image_HW3: UInt8Array,
+    mask_HW: UInt8Array | None,
+    *,
+    size: int,
+    scale_range: tuple[float, float],
+    flip_probability: float,
+    rng: np.random.Generator,
+    pad_color: tuple[int, int, int] = CLIP_MEAN_COLOR,
+) -> Augmented:
+    """Random scale, crop (or padding, where the scaled image is smaller) and horizontal flip; METHOD 1.21.
+
+    Image and mask move together: bilinear with antialiasing for the image, nearest for the mask. Only the crop's part
+    of the scaled image is computed, which equals scaling everything and cropping to within one grey level. The number
+    of draws from `rng` is always four, whatever they decide.
+
+    Args:
+        image_HW3: uint8 (H, W, 3).
+        mask_HW: uint8 (H, W) of class indices, or None.
+        size: side S of the crop in pixels.
+        scale_range: smallest and largest scale factor, drawn uniformly.
+        flip_probability: chance of a horizontal flip.
+        rng: from `sample_rng`.
+        pad_color: RGB of padded pixels (they are also marked in `valid`).
+
+    Raises:
+        ValueError: mask of another size than the image, or settings out of range.
+    """
+    height, width = image_HW3.shape[:2]
+    if mask_HW is not None and mask_HW.shape != (height, width):
+        raise ValueError(f"mask is {mask_HW.shape}, image is {(height, width)} (height, width)")
+    low, high = scale_range
+    if not 0 < low <= high or not 0 <= flip_probability <= 1 or size < 1:
+        raise ValueError(f"size={size}, scale_range={scale_range}, flip_probability={flip_probability} are not usable")
+    scale_draw, flip_draw, y_draw, x_draw = rng.random(4)
+    scale = low + (high - low) * scale_draw
+    scaled_height, scaled_width = max(1, round(height * scale)), max(1, round(width * scale))
+    y, x = _window(scaled_height, size, y_draw), _window(scaled_width, size, x_draw)
+
+    image = np.empty((size, size, 3), np.uint8)
+    image[:] = pad_color
+    valid = np.zeros((size, size), bool)
+    inside = (slice(y.target, y.target + y.count), slice(x.target, x.target + x.count))
+    step_y, step_x = height / scaled_height, width / scaled_width
+    box = (x.source * step_x, y.source * step_y, (x.source + x.count) * step_x, (y.source + y.count) * step_y)
+    # PIL's filter reads beyond the box where the image has pixels, so that a box equals resize-then-crop.
+    box = (box[0], box[1], min(box[2], width), min(box[3], height))
+    image[inside] = np.asarray(
+        Image.fromarray(image_HW3).resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
+    )
+    valid[inside] = True
+    mask = None
+    if mask_HW is not None:
+        mask = np.full((size, size), VOID, np.uint8)
+        rows, columns = _nearest_index(y, scaled_height, height), _nearest_index(x, scaled_width, width)
+        mask[inside] = mask_HW[rows[:, None], columns[None, :]]
+    if flip_draw < flip_probability:
+        image, valid = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(valid[:, ::-1])
+        mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
+    return Augmented(image, valid, mask)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An image resized for inference. No padding: the way back is one resize to (original_height, original_width)."""
+
+    image: UInt8Array
+    original_height: int
+    original_width: int
+
+
+def fit(
+    image_HW3: UInt8Array,
+    *,
+    mode: Literal["none", "long_side", "square"],
+    size: int | None,
+    multiple_of: int,
+    scale: float = 1.0,
+) -> Fitted:
+    """Resize for inference so that both sides are multiples of the patch size.
+
+    `none` keeps the image's size, `long_side` brings the longer side to `size` with the aspect ratio kept, `square`
+    stretches to `size` x `size`; then both sides are multiplied by `scale` (test-time scales 1.0, 1.2, 1.5 of METHOD
+    1.22) and rounded to the nearest multiple of `multiple_of`, at least one.
+
+    Raises:
+        ValueError: unknown mode, or `size` missing where the mode needs it.
+    """
+    height, width = image_HW3.shape[:2]
+    if mode not in ("none", "long_side", "square"):
+        raise ValueError(f"mode is {mode!r}; allowed: 'none', 'long_side', 'square'")
+    if mode != "none" and (size is None or size < 1):
+        raise ValueError(f"mode {mode!r} needs a size of at least 1 pixel, got {size}")
+    if mode == "none" or size is None:
+        wanted_height, wanted_width = height * scale, width * scale
+    elif mode == "square":
+        wanted_height = wanted_width = size * scale
+    else:
+        factor = size * scale / max(height, width)
+        wanted_height, wanted_width = height * factor, width * factor
+    new_height, new_width = (max(1, round(side / multiple_of)) * multiple_of for side in (wanted_height, wanted_width))
+    image = image_HW3
+    if (new_height, new_width) != (height, width):
+        resized = Image.fromarray(image_HW3).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        image = np.array(resized)
+    return Fitted(image, height, width)

@@ -1,0 +1,402 @@
+"""Sources -> WebDataset shards: plan once, write each shard as an independent task, finish with the index.
+
+    plan = plan_shards(source, class_names=..., seed=0, shuffle=True, samples_per_shard=512, max_pixels=...)
+    write_plan(root, plan)                       # refuses a foreign or differently planned folder
+    for item in pending(root, plan):             # in any process, in any order, as often as one likes
+        write_shard(root, item)
+    index = finish(root, plan, max_reject_share=0.01)
+
+A shard is a pure function of its plan item and of the files that it names: the same bytes at every attempt. Its commit
+marker is written after it, so that a restart repeats exactly what was not committed.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from dfa.data import storage
+from dfa.data.classes import voc_palette
+from dfa.data.samples import MaskFile, Reject, Sample, sample_key
+from dfa.data.shards import (
+    FORMAT_VERSION,
+    INDEX_KIND,
+    INDEX_NAME,
+    LABEL_EXTENSION,
+    MASK_EXTENSION,
+    REJECTS_NAME,
+    SAMPLES_NAME,
+    SampleRow,
+    ShardIndex,
+    load_index,
+    sha256_of,
+)
+from dfa.data.sources import mask_array
+from dfa.data.transforms import decode_rgb, encode_mask, image_extension, orientation
+
+PLAN_KIND = "dfa-shard-plan"
+PLAN_NAME = "plan.json"
+_SAMPLE_SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        ("shard", pyarrow.string()),
+        ("row", pyarrow.int32()),
+        ("labels", pyarrow.list_(pyarrow.int16())),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("has_mask", pyarrow.bool_()),
+    ]
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """All that one task needs to write one shard."""
+
+    shard: str
+    samples: tuple[Sample, ...]
+    class_names: tuple[str, ...]
+    max_pixels: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which sample goes into which shard, and what was rejected before any image was opened."""
+
+    items: tuple[PlanItem, ...]
+    rejects: tuple[Reject, ...]
+    class_names: tuple[str, ...]
+    seed: int
+    shuffle: bool
+    samples_per_shard: int
+    max_pixels: int
+    hash: str
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all items."""
+        return sum(len(item.samples) for item in self.items)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what plan.json holds."""
+        return {
+            "kind": PLAN_KIND,
+            "format": FORMAT_VERSION,
+            "hash": self.hash,
+            "num_samples": self.num_samples,
+            "num_shards": len(self.items),
+            "samples_per_shard": self.samples_per_shard,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "max_pixels": self.max_pixels,
+            "class_names": list(self.class_names),
+        }
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a commit marker says about its shard; `samples` in row order."""
+
+    shard: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    class_histogram: tuple[int, ...]
+    samples: tuple[SampleRow, ...]
+    rejects: tuple[Reject, ...]
+    config_hash: str
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    raise TypeError(f"cannot hash a {type(value).__name__}")
+
+
+def plan_shards(
+    samples: Iterable[Sample | Reject],
+    *,
+    class_names: tuple[str, ...],
+    seed: int,
+    shuffle: bool,
+    samples_per_shard: int,
+    max_pixels: int,
+) -> ShardPlan:
+    """Assign samples to shards of nearly equal size, at most `samples_per_shard` each.
+
+    With `shuffle` the order is that of a hash of (seed, key): it does not depend on the order in which samples came,
+    and any run of rows within a shard is a random sample of the whole set. Without it the source's order is kept.
+
+    Raises:
+        ValueError: no usable sample, two samples with one key, a key that is not clean.
+    """
+    if min(samples_per_shard, max_pixels) < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard} and max_pixels={max_pixels} must be at least 1")
+    kept: dict[str, Sample] = {}
+    rejects = []
+    for sample in samples:
+        if isinstance(sample, Reject):
+            rejects.append(sample)
+        elif sample.key in kept:
+            raise ValueError(f"two images have the key {sample.key!r}: {kept[sample.key].image} and {sample.image}")
+        elif sample.key != sample_key(sample.key):
+            raise ValueError(f"key {sample.key!r} of {sample.image} is not clean; make it with sample_key")
+        else:
+            kept[sample.key] = sample
+    if not kept:
+        raise ValueError(f"no usable sample; {len(rejects)} rejected: {summarize_rejects(rejects)}")
+    order = list(kept.values())
+    if shuffle:
+        order.sort(key=lambda s: (hashlib.blake2b(f"{seed}:{s.key}".encode(), digest_size=16).digest(), s.key))
+    items = tuple(_items(order, samples_per_shard, class_names=class_names, max_pixels=max_pixels))
+    settings = [FORMAT_VERSION, seed, shuffle, samples_per_shard, max_pixels, list(class_names)]
+    plan_hash = _digest([settings, [item.hash for item in items]])
+    return ShardPlan(items, tuple(rejects), class_names, seed, shuffle, samples_per_shard, max_pixels, plan_hash)
+
+
+def _items(
+    order: list[Sample], samples_per_shard: int, *, class_names: tuple[str, ...], max_pixels: int
+) -> Iterator[PlanItem]:
+    num_shards = -(-len(order) // samples_per_shard)
+    for number in range(num_shards):
+        first, last = (len(order) * n // num_shards for n in (number, number + 1))
+        shard, part = f"shard-{number:06d}.tar", tuple(order[first:last])
+        content = [FORMAT_VERSION, shard, list(class_names), max_pixels, [asdict(sample) for sample in part]]
+        yield PlanItem(shard, part, class_names, max_pixels, _digest(content))
+
+
+def write_plan(root: str, plan: ShardPlan) -> None:
+    """Claim the folder `root` for this plan.
+
+    Raises:
+        ValueError: the folder holds something else, or shards of another plan.
+    """
+    storage.make_folder(root)
+    address = storage.join(root, PLAN_NAME)
+    if storage.exists(address):
+        _check_same_plan(address, plan.summary())
+        return
+    found = [name for name in storage.list_names(root) if not name.endswith(storage.PARTIAL_SUFFIX)]
+    if found:
+        raise ValueError(
+            f"{root} is not empty and holds no dfa shards ({len(found)} entries: {', '.join(found[:4])}, ...); "
+            "choose an empty or a new folder"
+        )
+    _write_json(address, plan.summary())
+
+
+def _check_same_plan(address: str, wanted: dict[str, Any]) -> None:
+    found = storage.read_json(address)
+    if not isinstance(found, dict) or found.get("kind") != PLAN_KIND:
+        raise ValueError(f"{address} is no plan of dfa shards; choose an empty or a new folder")
+    if found.get("hash") == wanted["hash"]:
+        return
+    names = [name for name in wanted if name != "hash" and found.get(name) != wanted[name]]
+    different = [f"{name} was {found.get(name)!r}, is {wanted[name]!r}" for name in names]
+    raise ValueError(
+        f"{address} belongs to another configuration ({'; '.join(different) or 'other paths, labels or masks'}); "
+        "choose another folder, or delete this one to shard anew"
+    )
+
+
+def _write_json(address: str, document: dict[str, Any]) -> None:
+    data = (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+    storage.write_atomic(address, lambda file: file.write(data))
+
+
+def _marker_address(root: str, shard: str) -> str:
+    return storage.join(root, shard.removesuffix(".tar") + ".json")
+
+
+def _committed(root: str, item: PlanItem) -> ShardReport | None:
+    """Return the report of a shard that is whole on disk and was written for this very item."""
+    marker, address = _marker_address(root, item.shard), storage.join(root, item.shard)
+    if not storage.exists(marker) or not storage.exists(address):
+        return None
+    try:
+        document = storage.read_json(marker)
+    except ValueError:
+        return None
+    if document.get("config_hash") != item.hash or document.get("size_bytes") != storage.size_bytes(address):
+        return None
+    rows = [
+        SampleRow(key, item.shard, row, tuple(labels), width, height, has_mask)
+        for row, (key, labels, width, height, has_mask) in enumerate(document.pop("samples"))
+    ]
+    rejects = tuple(Reject(**reject) for reject in document.pop("rejects"))
+    histogram = tuple(document.pop("class_histogram"))
+    return ShardReport(**document, class_histogram=histogram, samples=tuple(rows), rejects=rejects)
+
+
+def pending(root: str, plan: ShardPlan) -> tuple[PlanItem, ...]:
+    """Return the items that have no valid commit marker yet."""
+    return tuple(item for item in plan.items if _committed(root, item) is None)
+
+
+def write_shard(root: str, item: PlanItem) -> ShardReport:
+    """Write one shard and then its commit marker, each under a temporary name first.
+
+    An image that does not decode, is too large, or does not fit its mask is left out and reported.
+    """
+    address = storage.join(root, item.shard)
+    rows, rejects = [], []
+    storage.write_atomic(address, lambda file: _write_tar(file, item, rows, rejects))
+    counts = Counter(label for row in rows for label in row.labels)
+    report = ShardReport(
+        shard=item.shard,
+        num_samples=len(rows),
+        size_bytes=storage.size_bytes(address),
+        sha256=sha256_of(address),
+        class_histogram=tuple(counts[label] for label in range(1, len(item.class_names) + 1)),
+        samples=tuple(rows),
+        rejects=tuple(rejects),
+        config_hash=item.hash,
+    )
+    document = asdict(report)
+    document["samples"] = [[row.key, row.labels, row.width, row.height, row.has_mask] for row in rows]
+    _write_json(_marker_address(root, item.shard), document)
+    return report
+
+
+def _write_tar(file: BinaryIO, item: PlanItem, rows: list[SampleRow], rejects: list[Reject]) -> None:
+    num_turned = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in item.samples:
+            try:
+                members, row, turned = _pack(sample, item, len(rows))
+            except (ValueError, OSError) as error:
+                rejects.append(Reject(sample.key, sample.image, str(error)))
+                continue
+            rows.append(row)
+            num_turned += turned
+            for extension, data in members:
+                # Fixed owner, mode and time (TarInfo's defaults): the same bytes at every attempt.
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    if num_turned:
+        logger.warning(
+            "%s: %d images carry an EXIF orientation; their pixels are used as stored", item.shard, num_turned
+        )
+
+
+def _pack(sample: Sample, item: PlanItem, row: int) -> tuple[list[tuple[str, bytes]], SampleRow, bool]:
+    """Check one sample completely; return its members, its row and whether a viewer would turn it.
+
+    Raises:
+        ValueError, OSError: why it is rejected.
+    """
+    data = storage.read_bytes(sample.image)
+    height, width = decode_rgb(data, max_pixels=item.max_pixels).shape[:2]
+    if any(not 1 <= label <= len(item.class_names) for label in sample.labels):
+        raise ValueError(f"labels {sample.labels} are outside 1..{len(item.class_names)}")
+    label = {
+        "height": height,
+        "key": sample.key,
+        "labels": list(sample.labels),
+        "names": [item.class_names[index - 1] for index in sample.labels],
+        "width": width,
+    }
+    members = [
+        (image_extension(data), data),
+        (LABEL_EXTENSION, json.dumps(label, sort_keys=True, separators=(",", ":")).encode()),
+    ]
+    if sample.mask is not None:
+        members.append((MASK_EXTENSION, _mask_bytes(sample, item, height, width)))
+    index_row = SampleRow(sample.key, item.shard, row, sample.labels, width, height, sample.mask is not None)
+    return members, index_row, orientation(data, max_pixels=item.max_pixels) != 1
+
+
+def _mask_bytes(sample: Sample, item: PlanItem, height: int, width: int) -> bytes:
+    """Return a checked mask: the original bytes of a file, a palette PNG of painted annotations."""
+    mask = mask_array(sample, num_classes=len(item.class_names))
+    if mask.shape != (height, width):
+        raise ValueError(
+            f"mask is {mask.shape[1]} x {mask.shape[0]}, image is {width} x {height} (width x height); "
+            "pixels count as stored, EXIF orientation is not applied"
+        )
+    if isinstance(sample.mask, MaskFile):
+        return storage.read_bytes(sample.mask.path)
+    return encode_mask(mask, voc_palette())
+
+
+def summarize_rejects(rejects: Iterable[Reject], *, num_shown: int = 3) -> str:
+    """Return the first few reasons with their keys, for a message."""
+    reasons = [f"{reject.key}: {reject.reason}" for reject in rejects]
+    more = [f"and {len(reasons) - num_shown} more"] if len(reasons) > num_shown else []
+    return "; ".join(reasons[:num_shown] + more)
+
+
+def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex:
+    """Write samples.parquet, rejects.jsonl and, last, index.json, from the commit markers alone.
+
+    Args:
+        root: folder of the plan.
+        plan: the plan that was written.
+        max_reject_share: largest share of rejected images that is still a success. Not part of the plan: a second run
+            with another share repeats no shard.
+
+    Raises:
+        ValueError: shards are missing, or too many rejects. In the latter case everything but the index is on disk.
+    """
+    reports = [_committed(root, item) for item in plan.items]
+    if missing := [item.shard for item, report in zip(plan.items, reports, strict=True) if report is None]:
+        raise ValueError(f"{root}: {len(missing)} of {len(plan.items)} shards are not written: {missing[:5]}")
+    done = [report for report in reports if report is not None]
+    rejects = [*plan.rejects, *(reject for report in done for reject in report.rejects)]
+    num_samples = sum(report.num_samples for report in done)
+    for name in storage.list_names(root):
+        if name.endswith(storage.PARTIAL_SUFFIX):
+            storage.remove(storage.join(root, name))
+    _write_rejects(root, rejects)
+    _write_samples(root, [row for report in done for row in report.samples])
+    share = len(rejects) / (len(rejects) + num_samples)
+    if num_samples == 0 or share > max_reject_share:
+        raise ValueError(
+            f"{len(rejects)} of {len(rejects) + num_samples} images rejected ({share:.2%}), allowed are "
+            f"{max_reject_share:.2%}; reasons in {storage.join(root, REJECTS_NAME)}: {summarize_rejects(rejects)}"
+        )
+    _write_json(storage.join(root, INDEX_NAME), _index_document(plan, done, num_samples, len(rejects)))
+    return load_index(root)
+
+
+def _index_document(plan: ShardPlan, reports: list[ShardReport], num_samples: int, num_rejects: int) -> dict[str, Any]:
+    keep = ("size_bytes", "sha256", "num_samples", "class_histogram")
+    return {
+        "kind": INDEX_KIND,
+        "format": FORMAT_VERSION,
+        "class_names": list(plan.class_names),
+        "num_samples": num_samples,
+        "num_rejects": num_rejects,
+        "plan_hash": plan.hash,
+        "shards": [
+            {"name": report.shard, **{name: getattr(report, name) for name in keep}}
+            for report in reports
+            if report.num_samples > 0
+        ],
+    }
+
+
+def _write_rejects(root: str, rejects: list[Reject]) -> None:
+    text = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+    storage.write_atomic(storage.join(root, REJECTS_NAME), lambda file: file.write(text.encode()))
+
+
+def _write_samples(root: str, rows: list[SampleRow]) -> None:
+    table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=_SAMPLE_SCHEMA)
+    storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: pyarrow.parquet.write_table(table, file))

@@ -1,0 +1,129 @@
+"""Frozen CLIP and student as one system: what training, labelling, evaluation and prediction share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfa.clip import Features, FrozenClip, Similarity
+from dfa.core.affinity import symmetric_affinity
+from dfa.label.pseudo import gather_present, present_classes, to_grid
+from dfa.label.seed import Affinities, Seeds, SeedSettings, make_seeds
+from dfa.model.inference import predict_logits
+from dfa.model.student import Student
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What the frozen pass returns (see `FrozenClip.encode`).
+
+    token_blocks feed the decoder, attention_blocks the affinities: 0-based block numbers. The student's feature
+    channels read the tokens of token_blocks.
+    """
+
+    token_blocks: tuple[int, ...]
+    attention_blocks: tuple[int, ...]
+    similarity: Similarity
+    surgery_blocks: int
+
+
+@dataclass(frozen=True)
+class PixelSeeds:
+    """Seeds at pixel size for the present classes alone.
+
+    score_BMHW: fp32 in [0, 1], M the largest number of classes in one image. class_BM: index 1..C of each slot, 0 where
+    unused. background_BHW: the strongest background column.
+    """
+
+    score_BMHW: Tensor
+    class_BM: Tensor
+    background_BHW: Tensor
+
+
+class Segmenter:
+    """Images in, seeds and logits out.
+
+    A plain object: it may be held by an nn.Module without registering CLIP's frozen weights.
+
+    bank_KE: text bank, foreground classes first.
+    """
+
+    def __init__(
+        self,
+        clip: FrozenClip,
+        bank_KE: Tensor,
+        student: Student,
+        *,
+        encoder: EncoderSettings,
+        seed: SeedSettings,
+        sinkhorn_rounds: int,
+    ) -> None:
+        self.clip, self.bank_KE, self.student = clip, bank_KE, student
+        self.encoder, self.seed, self.sinkhorn_rounds = encoder, seed, sinkhorn_rounds
+
+    @property
+    def patch_size(self) -> int:
+        """Images must be multiples of this many pixels."""
+        return self.clip.patch_size[0]
+
+    def encode(self, image_B3HW: Tensor) -> Features:
+        """The one frozen pass per image; everything below shares it (METHOD 1.1)."""
+        return self._encode(image_B3HW, with_similarity=True, with_attention=True)
+
+    def affinities(self, low_logit_BNN: Tensor, high_logit_BNN: Tensor) -> Affinities:
+        """A_la and A_ha from the learned logits, without gradient (METHOD 1.5, 1.13)."""
+        with torch.no_grad():
+            return Affinities(
+                symmetric_affinity(self.student.low.positive(low_logit_BNN), rounds=self.sinkhorn_rounds),
+                symmetric_affinity(self.student.high.positive(high_logit_BNN), rounds=self.sinkhorn_rounds),
+                torch.sigmoid(high_logit_BNN).mean(-1),
+            )
+
+    @torch.no_grad()
+    def seeds(self, features: Features, labels_BC: Tensor) -> Seeds:
+        """Seeds on the patch grid from features and image-level labels."""
+        if self.seed.generator == "similarity":
+            return make_seeds(features.similarity_BNK, labels_BC, None, self.seed)
+        logits = self.student.pair_logits(features.tokens_BLND, features.attention_BLNN)
+        return make_seeds(features.similarity_BNK, labels_BC, self.affinities(*logits), self.seed)
+
+    @torch.no_grad()
+    def pixel_seeds(self, image_B3HW: Tensor, labels_BC: Tensor, *, scales: Sequence[float], flip: bool) -> PixelSeeds:
+        """Seeds of whole images at pixel size: the mean over scales and mirrored copies (METHOD 1.18, 1.22)."""
+        class_BM = present_classes(labels_BC)
+
+        def maps(scaled_B3HW: Tensor) -> Tensor:
+            copies = len(scaled_B3HW) // len(labels_BC)
+            features = self.encode(scaled_B3HW)
+            seeds = self.seeds(features, labels_BC.repeat(copies, 1))
+            present_BNM = gather_present(seeds.cam_BNC, class_BM.repeat(copies, 1))
+            return to_grid(torch.cat([present_BNM, seeds.background_BN[:, :, None]], dim=2), features.grid)
+
+        score_BMHW = predict_logits(
+            image_B3HW, scales=scales, flip=flip, forward=maps, multiple_of=self.patch_size, merge="logits"
+        )
+        return PixelSeeds(score_BMHW[:, :-1], class_BM, score_BMHW[:, -1])
+
+    @torch.no_grad()
+    def logits(self, image_B3HW: Tensor, *, scales: Sequence[float], flip: bool) -> Tensor:
+        """Class logits of whole images at pixel size, B x (C + 1) x H x W (METHOD 1.22)."""
+
+        def forward(scaled_B3HW: Tensor) -> Tensor:
+            features = self._encode(scaled_B3HW, with_similarity=False, with_attention=False)
+            return self.student.segment(features.tokens_BLND, features.grid)
+
+        return predict_logits(
+            image_B3HW, scales=scales, flip=flip, forward=forward, multiple_of=self.patch_size, merge="logits"
+        )
+
+    def _encode(self, image_B3HW: Tensor, *, with_similarity: bool, with_attention: bool) -> Features:
+        return self.clip.encode(
+            image_B3HW,
+            self.bank_KE if with_similarity else None,
+            token_blocks=self.encoder.token_blocks,
+            attention_blocks=self.encoder.attention_blocks if with_attention else (),
+            similarity=self.encoder.similarity if with_similarity else "raw",
+            surgery_blocks=self.encoder.surgery_blocks,
+            renormalize_rows=True,
+        )

@@ -1,0 +1,58 @@
+"""The student: everything that is trained, and nothing that is frozen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfa.core.affinity import PairLogit, PairSource, inverse_attention, pair_channels
+from dfa.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """logits_BChw: C + 1 classes, background first, on the patch grid. fused_BDhw: F_d (METHOD 1.6).
+    low_logit_BNN, high_logit_BNN: the learnable affinities' logits, symmetric (METHOD 1.4)."""
+
+    logits_BChw: Tensor
+    fused_BDhw: Tensor
+    low_logit_BNN: Tensor
+    high_logit_BNN: Tensor
+
+
+class Student(nn.Module):
+    """Decoder and the two learnable affinities, `MLP(W)` and `MLP_inv(W_inv)` (METHOD 1.4, 1.20).
+
+    low, high: `PairLogit` for as many channels as `pair_channels` gives with `source`. The frozen encoder is no part of
+    it, so that optimizer and checkpoints hold trained weights alone.
+    """
+
+    def __init__(self, decoder: Decoder, low: PairLogit, high: PairLogit, *, source: PairSource) -> None:
+        super().__init__()
+        self.decoder, self.low, self.high = decoder, low, high
+        self.source: PairSource = source
+
+    def forward(self, tokens_BLND: Tensor, attention_BLNN: Tensor, grid: tuple[int, int]) -> Outputs:
+        """tokens and attention as `dfa.clip.Features` has them; their L may differ."""
+        fused_BDhw, logits_BChw = self.decoder(tokens_BLND, grid)
+        low_BNN, high_BNN = self.pair_logits(tokens_BLND, attention_BLNN)
+        return Outputs(logits_BChw, fused_BDhw, low_BNN, high_BNN)
+
+    def segment(self, tokens_BLND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits B x (C + 1) x h x w alone, for inference: no N x N map is made."""
+        return self.decoder(tokens_BLND, grid)[1]
+
+    def pair_logits(self, tokens_BLND: Tensor, attention_BLNN: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high) logits B x N x N without the decoder, for the CAM."""
+        channels_BXNN = pair_channels(attention_BLNN, tokens_BLND, source=self.source)
+        inverse_BLNN = inverse_attention(attention_BLNN)
+        features_BXNN = channels_BXNN[:, attention_BLNN.shape[1] :]  # the cosines serve both bands
+        inverse_BXNN = torch.cat([inverse_BLNN, features_BXNN], dim=1) if features_BXNN.shape[1] else inverse_BLNN
+        return self.low(channels_BXNN), self.high(inverse_BXNN)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained weights by the learning rate that they want: "decoder" and "affinity"."""
+        return {
+            "decoder": list(self.decoder.parameters()),
+            "affinity": [*self.low.parameters(), *self.high.parameters()],
+        }

@@ -1,0 +1,225 @@
+"""A run on Ray Train: starts the workers, feeds them the stream, stops gracefully, continues where the last run ended.
+
+Checkpoints are written by rank 0 into the run folder in our own atomic format (see `checkpoint`); Ray is told metrics only. So the same
+command again continues whatever ended the last one, at any number of workers, and a finished run returns at once.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from dfa.data.stream import Batch, ingest_options, iterate
+from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
+from dfa.train.plan import LoopPlan, Resources, derive_resources
+from dfa.train.progress import Progress
+from dfa.train.worker import STOP_NAME, Trainer
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # a Prometheus thread in every process
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a finished worker is noticed this late (default 2 s)
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning inside workers
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; silences a warning
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: beside any other load the workers would starve while the driver waits
+}
+
+
+def start_ray() -> None:
+    """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    ray.init(
+        logging_level=logging.WARNING
+    )  # with the dashboard: without it Ray Train warns every second, and nothing is saved
+
+
+def run(plan: LoopPlan) -> dict[str, Any]:
+    """Train to the end of the plan, from the newest whole checkpoint in the run folder if there is one.
+
+    The first SIGINT or SIGTERM stops every rank after its step, writes a checkpoint and returns with ``interrupted`` True; the second
+    ends at once (the last checkpoint stays). Handlers are set only when called from the main thread.
+
+    Returns:
+        Numbers of the run: step, samples_seen, num_rejected, val_miou, best_val_miou, interrupted, world_size, images_per_s, data_wait,
+        seconds, start_s (from the call to a ready model), best_checkpoint and last_checkpoint (folders).
+
+    Raises:
+        ValueError: the plan does not fit the cluster, or the checkpoint does not fit the plan.
+        RuntimeError: a worker failed; the message is the worker's first error.
+    """
+    begin = time.time()
+    plan = replace(plan, run_folder=str(Path(plan.run_folder).absolute()))
+    folder = Path(plan.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP_NAME).unlink(missing_ok=True)
+    checkpoint = latest_checkpoint(folder, class_names=plan.class_names)
+    if checkpoint is not None and checkpoint.info.samples_seen >= plan.total_samples:
+        logger.info("the run in %s is complete (%d samples)", folder, checkpoint.info.samples_seen)
+        return _finished(folder, checkpoint)
+    start_ray()
+    total = ray.cluster_resources()
+    resources = derive_resources(plan, num_cpus=total.get("CPU", 0.0), num_gpus=total.get("GPU", 0.0))
+    logger.info("training with %s", resources)
+    result = _fit(plan, resources)
+    result["start_s"] = result.pop("ready_at") - begin
+    return result | _folders(folder)
+
+
+def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
+    folder = Path(plan.run_folder)
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"plan": plan, "resources": resources},
+        datasets={"train": _dataset_maker(plan, resources)},
+        dataset_config=ray.train.DataConfig(execution_options=ingest_options(window_bytes=plan.window_bytes)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": resources.worker_cpus}
+            | ({"GPU": resources.worker_gpus} if plan.use_gpu else {}),
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if plan.use_gpu else "gloo", timeout_s=plan.collective_timeout_s
+        ),
+        run_config=ray.train.RunConfig(
+            storage_path=str(folder / "ray"),
+            name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            failure_config=ray.train.FailureConfig(max_failures=plan.max_failures),
+        ),
+    )
+    try:
+        return _graceful(trainer.fit, folder).return_value
+    except ray.train.WorkerGroupError as error:
+        raise _first_failure(error) from error
+
+
+def _first_failure(error: Any) -> Exception:
+    """The worker's own error in place of Ray's report on it; a ValueError stays one (the user can mend it)."""
+    rank, first = min(error.worker_failures.items())
+    cause = getattr(first, "cause", None) or first
+    message = f"training failed on worker {rank}: {str(cause).strip()}"
+    return ValueError(message) if isinstance(cause, ValueError) else RuntimeError(message)
+
+
+def _dataset_maker(plan: LoopPlan, resources: Resources) -> Callable[[], Any]:
+    def make() -> Any:
+        """Runs in Ray Train's controller at every start of the workers: the stream of what is left."""
+        checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+        return plan.make_dataset(Progress(plan.num_samples) if checkpoint is None else checkpoint.progress, resources)
+
+    return make
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What every Ray Train worker runs."""
+    plan, resources = config["plan"], config["resources"]
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("dfa").setLevel(logging.INFO)
+    torch.set_num_threads(resources.threads)
+    checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+    batches = _started(
+        iterate(ray.train.get_dataset_shard("train"), batch_size=plan.micro_batch, prefetch=plan.prefetch)
+    )
+    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint)
+    logger.info("model and optimizer are ready, waiting for the first batch")
+    ready = time.time()
+    result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))
+    return result | {"ready_at": ready}
+
+
+def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; the first is fetched in a thread from now on, so that the stream starts while the model is built."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, batches, None)
+    pool.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[Batch]:
+        batch = first.result()
+        if batch is not None:
+            yield batch
+            yield from batches
+
+    return all_of_them()
+
+
+def _graceful(fit: Callable[[], Any], folder: Path) -> Any:
+    """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint."""
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome["value"] = fit()
+        except BaseException as error:  # handed to the caller's thread below
+            outcome["error"] = error
+
+    thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
+    with _stop_on_signal(folder):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+@contextmanager
+def _stop_on_signal(folder: Path) -> Iterator[None]:
+    """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if (folder / STOP_NAME).exists():
+            raise KeyboardInterrupt
+        logger.warning(
+            "%s: stopping after this step and writing a checkpoint (again: stop at once)", signal.Signals(number).name
+        )
+        (folder / STOP_NAME).touch()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (folder / STOP_NAME).unlink(missing_ok=True)
+
+
+def _folders(folder: Path) -> dict[str, Any]:
+    newest = list_checkpoints(folder)[-1]
+    return {"last_checkpoint": str(newest), "best_checkpoint": str(best_checkpoint(folder) or newest)}
+
+
+def _finished(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    info, best = checkpoint.info, best_checkpoint(folder)
+    return {
+        "step": info.step,
+        "steps_made": 0,
+        "samples_seen": info.samples_seen,
+        "num_rejected": info.num_rejected,
+        "val_miou": info.val_miou,
+        "best_val_miou": None if best is None else read_info(best).val_miou,
+        "interrupted": False,
+        "seconds": 0.0,
+    } | _folders(folder)

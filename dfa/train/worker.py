@@ -1,0 +1,312 @@
+"""The training loop of one process: batches in, checkpoints and metrics out. Knows torch.distributed, not Ray."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfa.core.metrics import iou_per_class, mean_iou
+from dfa.data.stream import Batch
+from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
+from dfa.train.engine import Engine, make_engine
+from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_rate_factor, world
+from dfa.train.plan import LoopPlan
+from dfa.train.progress import Ledger, Progress
+from dfa.train.record import Recorder, duration
+
+logger = logging.getLogger(__name__)
+
+STOP_NAME = "stop-requested"
+
+
+class Trainer:
+    """One process of a run. Make it on every rank alike, then call `train` once."""
+
+    def __init__(self, plan: LoopPlan, *, device: torch.device, checkpoint: Checkpoint | None) -> None:
+        self.rank, self.world = world()
+        self.plan, self.device, self.run = plan, device, Path(plan.run_folder)
+        torch.manual_seed(plan.seed)
+        self.engine = _engine(plan, device, plan.accumulation(self.world))
+        self.step = self.samples_seen = self.num_rejected = 0
+        self.best_miou = self.last_miou = None
+        progress = Progress(plan.num_samples)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+            progress = checkpoint.progress
+        self.first_step, self.interrupted = self.step, False
+        self._ledger = Ledger(progress)
+        self._recorder = Recorder(self.run, rank=self.rank, first_step=self.step)
+        self._meter = _Meter()
+        self._spare: Batch | None = None
+        self._checkpoint_step = self.step if checkpoint is not None else -1
+        self._writer, self._writing = ThreadPoolExecutor(1), None
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        info = checkpoint.info
+        if dict(info.model) != dict(self.plan.model_description):
+            differ = sorted(
+                k
+                for k in {*info.model, *self.plan.model_description}
+                if info.model.get(k) != self.plan.model_description.get(k)
+            )
+            pairs = ", ".join(
+                f"{k}: saved {info.model.get(k)!r}, now {self.plan.model_description.get(k)!r}" for k in differ
+            )
+            raise ValueError(f"{checkpoint.folder} was trained with another model ({pairs}); use another run folder")
+        if checkpoint.progress.num_samples != self.plan.num_samples:
+            raise ValueError(
+                f"{checkpoint.folder} counts {checkpoint.progress.num_samples} samples an epoch, the data set has {self.plan.num_samples}"
+            )
+        self.engine.load(checkpoint.engine)
+        self.step, self.samples_seen, self.num_rejected = info.step, info.samples_seen, info.num_rejected
+        best = best_checkpoint(self.run)
+        self.best_miou = None if best is None else read_info(best).val_miou
+        self.last_miou = info.val_miou
+        logger.info("continuing from %s: step %d, %d samples seen", checkpoint.folder, self.step, self.samples_seen)
+
+    def train(self, batches: Iterator[Batch], *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Train to the plan's end or to a stop request; returns the numbers of the run, the same on every rank.
+
+        `report` is called on every rank at every validation and checkpoint with the newest metrics (a barrier under Ray Train).
+
+        Raises:
+            NonFiniteLossError: on all ranks, before the update.
+            RuntimeError: the stream ended before the run.
+        """
+        plan, start = self.plan, time.perf_counter()
+        while self.samples_seen < plan.total_samples and not self.interrupted:
+            self._step(batches)
+            done = self.samples_seen >= plan.total_samples or self.interrupted
+            if self.step % plan.log_every == 0 or done:
+                self._log()
+            improved = self._validate() if self._validation_due(done) else False
+            if done or improved or self.step % plan.checkpoint_every == 0:
+                self._save()
+                report({"step": self.step, "samples_seen": self.samples_seen, "val_miou": self.last_miou})
+        self._finish_writing()
+        self._recorder.close()
+        return self._result(time.perf_counter() - start)
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step: micro-batches, then the update."""
+        plan, accumulation = self.plan, self.engine.num_accumulation
+        begin, wait_s, stopping, seen, rejected, value = time.perf_counter(), 0.0, 0.0, 0.0, 0.0, 0.0
+        means: dict[str, float] = {}
+        self.engine.set_learning_rate(
+            learning_rate_factor(
+                self.samples_seen / plan.global_batch,
+                total=plan.total_steps,
+                warmup=plan.warmup_steps,
+                power=plan.decay_power,
+            )
+        )
+        torch.manual_seed(hash((plan.seed, self.step, self.rank)) % 2**63)  # dropout repeats after a resume
+        for _ in range(accumulation):
+            fetch = time.perf_counter()
+            batch = next(batches, None)
+            wait_s += time.perf_counter() - fetch
+            batch, parts = self._forward(batch)
+            signals = (
+                float(self._stop_requested()),
+                float(len(batch) + len(batch.rejected)),
+                float(len(batch.rejected)),
+            )
+            loss = global_loss(parts, batch, signals=signals)
+            if loss.signals[1] == 0:
+                raise RuntimeError(
+                    f"the stream ended after {self.samples_seen + seen:.0f} of {plan.total_samples} samples"
+                )
+            self.engine.backward(loss.local)
+            self._note(batch)
+            stopping, seen, rejected = stopping + loss.signals[0], seen + loss.signals[1], rejected + loss.signals[2]
+            value += loss.value / accumulation
+            means = {k: means.get(k, 0.0) + v / accumulation for k, v in loss.means.items()}
+        norm = self.engine.step()
+        self.step, self.samples_seen, self.num_rejected = (
+            self.step + 1,
+            self.samples_seen + int(seen),
+            self.num_rejected + int(rejected),
+        )
+        self.interrupted = stopping > 0
+        self._meter.add(time.perf_counter() - begin, wait_s, int(seen), {"loss": value, "grad_norm": norm, **means})
+
+    def _forward(self, batch: Batch | None) -> tuple[Batch, list[LossPart]]:
+        """Loss parts of a micro-batch. A rank without samples takes part with weightless ones, so that collectives match."""
+        if batch is not None and len(batch):
+            self._spare = batch
+            return batch, self.engine.forward(batch.to(self.device))
+        if self._spare is None:
+            raise RuntimeError(f"rank {self.rank} got no readable sample to begin with ({_reasons(batch)})")
+        parts = self.engine.forward(self._spare.to(self.device))
+        empty = _without_samples(self._spare, batch)
+        return empty, [replace(p, total=p.total * 0, count=p.count * 0) for p in parts]
+
+    def _note(self, batch: Batch) -> None:
+        self._ledger.note(batch.epoch_B, batch.sample_B)
+        if batch.rejected:
+            self._ledger.note(
+                torch.tensor([r.epoch for r in batch.rejected]), torch.tensor([r.sample for r in batch.rejected])
+            )
+
+    def _stop_requested(self) -> bool:
+        return self.rank == 0 and (self.run / STOP_NAME).exists()
+
+    def _log(self) -> None:
+        values = self._meter.take()
+        rate = values["images_per_s"]
+        values |= {
+            "samples_seen": self.samples_seen,
+            "epoch": self.samples_seen / self.plan.num_samples,
+            "num_rejected": self.num_rejected,
+            "world_size": self.world,
+        }
+        self._recorder.write("train", self.step, values)
+        if self.rank == 0:
+            eta_s = (self.plan.total_samples - self.samples_seen) / rate
+            text = "step %d/%d  loss %.4f  %.1f images/s  waiting for data %.0f%%  ETA %s"
+            total = self.step + -(-(self.plan.total_samples - self.samples_seen) // self.plan.global_batch)
+            logger.info(text, self.step, total, values["loss"], rate, 100 * values["data_wait"], duration(eta_s))
+
+    def _validation_due(self, done: bool) -> bool:
+        if self.plan.make_validation is None or self.interrupted:
+            return False
+        return done or (self.plan.validate_every > 0 and self.step % self.plan.validate_every == 0)
+
+    def _validate(self) -> bool:
+        """Mean IoU over all ranks' shares; True if it is the best so far."""
+        start, objective, make_validation = time.perf_counter(), self.engine.objective, self.plan.make_validation
+        assert make_validation is not None
+        confusion = torch.zeros(objective.num_classes, objective.num_classes, dtype=torch.int64, device=self.device)
+        objective.eval()
+        with torch.no_grad():
+            for batch in make_validation(self.rank, self.world):
+                confusion += objective.validate(batch.to(self.device))
+        objective.train()
+        all_reduce_sum(confusion)
+        miou = self.last_miou = float(mean_iou(confusion))
+        iou = {
+            f"iou_{n}": float(v)
+            for n, v in zip(("background", *self.plan.class_names), iou_per_class(confusion), strict=True)
+        }
+        seconds = time.perf_counter() - start
+        self._recorder.write("val", self.step, {"miou": miou, **iou, "seconds": seconds})
+        if self.rank == 0:
+            logger.info("step %d  validation mIoU %.2f  (%.1f s)", self.step, 100 * miou, seconds)
+        improved = self.best_miou is None or miou > self.best_miou
+        self.best_miou = miou if improved else self.best_miou
+        self._scored_step = self.step
+        return improved
+
+    _scored_step = -1
+
+    def _save(self) -> None:
+        """Checkpoint of this step: gathered by all ranks, written by rank 0 in the background."""
+        if self._checkpoint_step == self.step:
+            return
+        self._checkpoint_step = self.step
+        start = time.perf_counter()
+        self._finish_writing()
+        state, progress = self.engine.state(), self._ledger.gather(self.device)
+        if progress.num_consumed != self.samples_seen:
+            raise RuntimeError(
+                f"book-keeping differs: {progress.num_consumed} samples noted, {self.samples_seen} counted"
+            )
+        info = CheckpointInfo(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            num_rejected=self.num_rejected,
+            val_miou=self.last_miou if self._scored_step == self.step else None,
+            num_updates=state.num_updates,
+            loss_scale=state.loss_scale,
+            class_names=self.plan.class_names,
+            model=self.plan.model_description,
+        )
+        if self.rank == 0:
+            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
+            self._recorder.write("checkpoint", self.step, {"blocked_s": time.perf_counter() - start})
+
+    _writing: Future[None] | None
+
+    def _write(self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo) -> None:
+        save_checkpoint(self.run, state, progress, info)
+        prune(self.run, keep_last=self.plan.keep_last)
+
+    def _finish_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _result(self, seconds: float) -> dict[str, Any]:
+        meter = self._meter.whole()
+        return {
+            "step": self.step,
+            "steps_made": self.step - self.first_step,
+            "samples_seen": self.samples_seen,
+            "num_rejected": self.num_rejected,
+            "val_miou": self.last_miou,
+            "best_val_miou": self.best_miou,
+            "interrupted": self.interrupted,
+            "world_size": self.world,
+            "seconds": seconds,
+            **meter,
+        }
+
+
+def _engine(plan: LoopPlan, device: torch.device, num_accumulation: int) -> Engine:
+    objective = plan.make_objective(device)
+    objective.train()
+    return make_engine(
+        objective,
+        plan.optimizer,
+        kind=plan.engine,
+        precision=plan.precision,
+        zero_stage=plan.zero_stage,
+        micro_batch=plan.micro_batch,
+        num_accumulation=num_accumulation,
+        device=device,
+    )
+
+
+def _without_samples(spare: Batch, batch: Batch | None) -> Batch:
+    """The book-keeping of a micro-batch without any readable sample."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return replace(spare, keys=(), epoch_B=nothing, sample_B=nothing, rejected=() if batch is None else batch.rejected)
+
+
+def _reasons(batch: Batch | None) -> str:
+    if batch is None:
+        return "the stream was empty"
+    return "; ".join(f"{r.key}: {r.reason}" for r in batch.rejected[:3])
+
+
+class _Meter:
+    """Sums of step times and of what steps report, since the last `take` and since the start."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._now, self._all = [0.0, 0.0, 0, 0], [0.0, 0.0, 0, 0]
+
+    def add(self, step_s: float, wait_s: float, num_images: int, values: dict[str, float]) -> None:
+        for sums in (self._now, self._all):
+            for i, value in enumerate((step_s, wait_s, num_images, 1)):
+                sums[i] += value
+        for name, value in values.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call."""
+        step_s, wait_s, images, steps = self._now
+        values = {name: value / steps for name, value in self._parts.items()}
+        self._parts, self._now = {}, [0.0, 0.0, 0, 0]
+        return values | {"images_per_s": images / step_s, "step_s": step_s / steps, "data_wait": wait_s / step_s}
+
+    def whole(self) -> dict[str, float]:
+        """Rates since the start (first step included)."""
+        step_s, wait_s, images, _ = self._all
+        return {"images_per_s": images / max(step_s, 1e-9), "data_wait": wait_s / max(step_s, 1e-9)}

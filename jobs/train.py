@@ -1,0 +1,32 @@
+"""Train: `python -m jobs.train CONF key=value ...`. The same command again continues where it stopped."""
+
+import json
+import logging
+from pathlib import Path
+
+from dfa import build
+from dfa.config import Config, digest, to_dict
+from dfa.train import loop
+from jobs import Result, main
+
+log = logging.getLogger("jobs.train")
+
+
+def work(config: Config) -> Result:
+    """Train to the end of the configuration's plan."""
+    plan = build.loop_plan(config)
+    _describe(config)
+    result = loop.run(plan)
+    return {"job": "train", "run": config.run, **result}
+
+
+def _describe(config: Config) -> None:
+    """Keep the resolved configuration and the versions beside what they made."""
+    folder = Path(config.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"config": to_dict(config), "hash": digest(config), "versions": build.versions()}
+    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(__doc__, work)
