@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from dfa.core.affinity import PairLogit
 from dfa.data.classes import ClassSet
 from dfa.data.folder import FolderSource
 from dfa.data.samples import Reject, Sample
-from dfa.data.shards import ShardIndex, load_index
+from dfa.data.shards import ShardIndex, load_index, sha256_of
 from dfa.data.sources import CocoSource, VocSource
 from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
 from dfa.label.crf import PRESETS, CrfSettings
+from dfa.label.factory import FactoryPlan, LabelPass, Scorer
 from dfa.label.pseudo import PseudoSettings
 from dfa.label.refine import RefineSettings
+from dfa.label.scoring import ImageScores, LabelSettings, model_scores, seed_scores
 from dfa.label.seed import SeedSettings
 from dfa.model.decoder import Decoder
 from dfa.model.segmenter import EncoderSettings, Segmenter
 from dfa.model.student import Student
-from dfa.train.checkpoint import find_checkpoint, load_weights
+from dfa.train.checkpoint import check_classes, find_checkpoint, load_weights, read_info
 from dfa.train.engine import OptimizerSettings
 from dfa.train.plan import LoopPlan, Resources
 from dfa.train.progress import Progress
@@ -337,6 +340,98 @@ def _validation_maker(config: Config, shards: ShardIndex) -> Callable[[int, int]
             max_pixels=config.data.max_pixels,
             limit=limit,
         )
+
+    return make
+
+
+def checkpoint(config: Config) -> Path:
+    """The folder of the checkpoint that label.checkpoint names; a ValueError where its classes are not the run's."""
+    folder = find_checkpoint(Path(config.run), config.label.checkpoint)
+    check_classes(read_info(folder).class_names, class_set(config).names, where=str(folder))
+    return folder
+
+
+def factory_plan(config: Config, passes: Sequence[LabelPass]) -> FactoryPlan:
+    """Label `passes` with the run's checkpoint."""
+    label = config.label
+    return FactoryPlan(
+        make_scorers=_scorer_maker(config, checkpoint(config).name),
+        passes=tuple(passes),
+        use_gpu=config.train.use_gpu,
+        batch_images=label.batch_size,
+        batch_pixels=label.batch_pixels,
+    )
+
+
+def seed_pass(config: Config, split: str, *, with_crf: bool, limit: int) -> LabelPass:
+    """CAMs of `train` or `val` shards, with dense CRF as labels into RUN/labels, without as seeds into RUN/seeds."""
+    scores = [config.evaluate.cam_scales, config.cam, _label_pseudo_settings(config)]
+    return _label_pass(config, split, "seed", "labels" if with_crf else "seeds", scores, with_crf, limit)
+
+
+def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
+    """The trained model's masks of `train` or `val` shards, with dense CRF, into RUN/predictions."""
+    scores = [config.evaluate.scales, config.label.min_probability]
+    return _label_pass(config, split, "model", "predictions", scores, True, limit)
+
+
+def _label_pass(
+    config: Config, split: str, scorer: str, folder: str, scores: Sequence[Any], with_crf: bool, limit: int
+) -> LabelPass:
+    shards, label, part = index(config, split), config.label, f"{split}_first_{limit}" if limit else split
+    thresholds = tuple(sorted(set(config.evaluate.thresholds))) if scorer == "seed" else ()
+    clip_weights = Path(_beside_conf(config.clip.checkpoint))
+    # All that decides the labels; the checkpoint's state holds the hashes of its weights.
+    decisive = [model_description(config), config.evaluate.flip, *scores, label.batch_size, label.batch_pixels]
+    decisive += [sha256_of(str(checkpoint(config) / "state.json")), class_set(config)]
+    decisive += [sha256_of(str(clip_weights)) if clip_weights.is_file() else config.clip.checkpoint]
+    return LabelPass(
+        name=f"{folder} of {split}",
+        scorer=scorer,
+        index=shards,
+        output=str(Path(config.run) / folder / part),
+        settings=LabelSettings(
+            num_classes=len(shards.class_names),
+            crf=crf_settings(config) if with_crf else None,
+            sharpness=label.sharpness if scorer == "seed" else 1.0,
+            min_confidence=label.min_confidence if with_crf else 0.0,
+            thresholds=thresholds,
+        ),
+        hash=configuration.digest(*decisive),
+        max_pixels=config.data.max_pixels,
+        limit=limit,
+    )
+
+
+def _label_pseudo_settings(config: Config) -> PseudoSettings:
+    settings = pseudo_settings(config)
+    return replace(settings, threshold=config.label.threshold or settings.threshold)
+
+
+def _scorer_maker(config: Config, which: str) -> Callable[[], Mapping[str, Scorer]]:
+    def make() -> Mapping[str, Scorer]:
+        built, settings = trained_segmenter(config, device(config), which), _label_pseudo_settings(config)
+
+        def seeds(image_B3HW: torch.Tensor, labels: Sequence[tuple[int, ...]]) -> list[ImageScores]:
+            labels_BC = torch.zeros(len(labels), len(class_set(config).names), dtype=torch.bool)
+            for row, present in zip(labels_BC, labels, strict=True):
+                row[[number - 1 for number in present]] = True
+            on_device = built.bank_KE.device
+            found = built.pixel_seeds(
+                image_B3HW.to(on_device),
+                labels_BC.to(on_device),
+                scales=config.evaluate.cam_scales,
+                flip=config.evaluate.flip,
+            )
+            return seed_scores(found.score_BMHW, found.class_BM, found.background_BHW, settings)
+
+        def model(image_B3HW: torch.Tensor, labels: Sequence[tuple[int, ...]]) -> list[ImageScores]:
+            logits = built.logits(
+                image_B3HW.to(built.bank_KE.device), scales=config.evaluate.scales, flip=config.evaluate.flip
+            )
+            return model_scores(logits, min_probability=config.label.min_probability)
+
+        return {"seed": seeds, "model": model}
 
     return make
 

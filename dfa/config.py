@@ -206,9 +206,25 @@ class CrfConfig:
 
 
 @dataclass
+class LabelConfig:
+    """Masks made by the label factory, for pseudo_label and evaluate."""
+
+    split: str = _choice("train", "train", "val")  # what jobs/pseudo_label labels
+    checkpoint: str = "best"  # best, latest or a step
+    threshold: float = _number(0.0, 0.0, 1.0)  # constant background beside the CAM in the CRF; 0: cam.threshold
+    sharpness: float = _number(1.0, 0.01, 100.0)  # exponent on the CAM before it is normalised to the CRF's unary
+    min_probability: float = _number(0.01, 0.0, 1.0)  # model: classes that exceed this nowhere are left out of the CRF
+    min_confidence: float = _number(0.0, 0.0, 0.999)  # pixels less certain than this become 255
+    batch_size: int = _number(16, 1, 100_000)  # images of one size at a time
+    batch_pixels: int = _number(400_000, 1, 1_000_000_000)  # and at most so many pixels
+    png: bool = False  # a folder of palette PNGs beside the label shards
+
+
+@dataclass
 class EvaluateConfig:
     """Inference and scoring (METHOD 1.22, section 5)."""
 
+    parts: list[str] = _listed("seed", "mask", "val")
     scales: list[float] = _listed(1.0, 1.2, 1.5)
     cam_scales: list[float] = _listed(1.0)
     flip: bool = True
@@ -245,6 +261,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     crf: CrfConfig = field(default_factory=CrfConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
 

@@ -6,6 +6,7 @@ Every job logs to standard error and ends with one JSON line of its results on s
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -55,3 +56,8 @@ def run(work: Callable[[], Result]) -> None:
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     """A polite stop (`ray job stop`, a scheduler) ends like Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def percent(share: float) -> float | None:
+    """A score in [0, 1] as percent with two decimals; None, which JSON knows, for NaN."""
+    return None if math.isnan(share) else round(100 * share, 2)

@@ -115,7 +115,8 @@ def interleave(
     clock: `time.perf_counter`, or `time.process_time` where both sides compute on one thread of the processor and nothing else:
     the time they were given, whoever else was running.
     """
-    ours(), peer()
+    for call in (ours, peer):
+        call()
     ours_ms, peer_ms = [], []
     for _ in range(repeats):
         for call, times_ms in ((ours, ours_ms), (peer, peer_ms)):
@@ -180,7 +181,7 @@ def write_section(path: Path, name: str, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Ours against a peer on the same work.")
     parser.add_argument("mode", choices=sorted(MODES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--page", type=Path, default=BENCHMARKS, help="the page whose section is written anew")

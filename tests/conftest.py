@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,15 @@ def sample_data() -> Path:
     if not Path(address).is_dir():
         pytest.skip(f"DFA_SAMPLE_DATA={address} is no folder: no real sample data")
     return Path(address)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray of two CPUs for all tests that need it."""
+    import ray
+
+    from dfa.train.loop import start_ray
+
+    start_ray(num_cpus=2)
+    yield
+    ray.shutdown()

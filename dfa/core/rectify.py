@@ -85,12 +85,13 @@ def reliable_masks(relations_BNN: Tensor, label_BN: Tensor) -> tuple[Tensor, Ten
 def resolve_unreliable(
     positive_BNN: Tensor, negative_BNN: Tensor, known_BNN: Tensor, *, radius: int
 ) -> tuple[Tensor, Tensor]:
-    """Lets the neighbours of both patches vote on pairs in neither mask (METHOD 1.11; supplement eq. 4-5): new positive, negative.
+    """Lets the neighbours of both patches vote on pairs in neither mask: the new positive, negative (METHOD 1.11; supp. eq. 4-5).
 
     `N[p,q] = sum_{u=q-r..q+r} M[u,p] + sum_{v=p-r..p+r} M[q,v]`, u and v along the flattened token index, clipped at its ends;
     `N_+ > N_-` makes the pair positive, anything else, ties too, negative. Pairs that are not known stay in neither mask.
     Masks must be symmetric: then `R = box_{2r+1}(M)` along the last axis and `N = R + R^T`, and since only `N_+ - N_-` matters one
-    running sum over `M_+ - M_-` does. radius: 9 in the paper, whose grid is 20 x 20: the window of 19 is about one row, so scale it with the grid.
+    running sum over `M_+ - M_-` does. radius: 9 in the paper, whose grid is 20 x 20; the window of 19 is about one row of it, so
+    scale it with the grid.
     """
     if radius < 0:
         raise ValueError(f"radius must be at least 0, got {radius}")

@@ -221,6 +221,7 @@ def _newton(
 def _newton_direction(share_BKN: Tensor, gap_BK: Tensor, present_BK: Tensor) -> Tensor:
     """Solves Laplacian x = gap, the Hessian in units of epsilon, in fp64 (K x K only)."""
     weight_BKK = torch.bmm(share_BKN, share_BKN.transpose(1, 2)).double() / share_BKN.shape[2]
+    # A column's weight to itself would cancel below, and take the digits of small weights with it.
     weight_BKK.diagonal(dim1=1, dim2=2).zero_()
     # Constants are in the kernel of a Laplacian: the outer product of ones pins them, the ridge pins what fp32 cannot see.
     pin_BKK = (present_BK[:, :, None] & present_BK[:, None, :]).double() / present_BK.sum(1)[:, None, None]

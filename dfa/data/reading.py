@@ -1,10 +1,11 @@
 """What the read tasks of the stream do: the order of an epoch, and one shard read, decoded and cropped into blocks.
 
-Neither torch nor Ray is imported here: every reading process loads this module, and torch alone would cost each of them seconds and 200 MB.
+Neither torch nor Ray is imported here: every reading process loads this module, and torch alone would cost each of them
+seconds and 200 MB.
 
-What is trained is a pure function of numbers: `epoch_order(shard_sizes, seed, epoch)` orders an epoch, `remaining_items` cuts the first
-`num_samples` of the epochs in a row and takes out what was consumed already, and each crop is keyed by (seed, epoch, key). A sample's
-global number is its row in the whole index (shards in index order).
+What is trained is a pure function of numbers: `epoch_order(shard_sizes, seed, epoch)` orders an epoch,
+`remaining_items` cuts the first `num_samples` of the epochs in a row and takes out what was consumed already, and each
+crop is keyed by (seed, epoch, key). A sample's global number is its row in the whole index (shards in index order).
 """
 
 import logging

@@ -1,7 +1,8 @@
 """From shards to batches: the training stream on Ray Data, and the plain reader for validation.
 
-One stream covers all epochs of a run. Its items are (epoch, shard, rows); the only operator turns an item into decoded, augmented blocks of
-fixed shape (see `reading`), so Ray schedules, bounds memory and splits between workers while a shard is still read once, sequentially.
+One stream covers all epochs of a run. Its items are (epoch, shard, rows); the only operator turns an item into decoded,
+augmented blocks of fixed shape (see `reading`), so Ray schedules, bounds memory and splits between workers while a
+shard is still read once, sequentially.
 """
 
 import functools
@@ -77,36 +78,37 @@ class Batch:
         )
 
 
-class _ShardStream(Datasource):
-    """Read tasks in order: one for each item, and one for the filler."""
+def _source(tasks: Sequence[tuple[Reader, Item | int]]) -> Datasource:
+    """Read tasks in order: one for each item, and one for the filler.
 
-    def __init__(self, tasks: Sequence[tuple[Reader, Item | int]]) -> None:
-        super().__init__()
-        self._tasks = list(tasks)
+    The class is local on purpose: Ray's coordinating and reading processes then get it by value, without importing this
+    module and with it torch, which would cost each of them seconds of start-up and 450 MB.
+    """
 
-    def get_name(self) -> str:
-        return "ShardStream"
+    def num_rows(work: Item | int) -> int:
+        return work if isinstance(work, int) else len(work.rows)
 
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(reader.row_bytes * _num_rows(work) for reader, work in self._tasks)
+    def read_task(reader: Reader, work: Item | int) -> ReadTask:
+        metadata = BlockMetadata(
+            num_rows=num_rows(work),
+            size_bytes=num_rows(work) * reader.row_bytes,
+            input_files=(reader.path,),
+            exec_stats=None,
+        )
+        read = reader.filler if isinstance(work, int) else reader.blocks
+        return ReadTask(functools.partial(read, work, BlockAccessor.batch_to_arrow_block), metadata)  # type: ignore[arg-type]
 
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        return [_read_task(reader, work) for reader, work in self._tasks]
+    class ShardStream(Datasource):
+        def get_name(self) -> str:
+            return "ShardStream"
 
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(reader.row_bytes * num_rows(work) for reader, work in tasks)
 
-def _num_rows(work: Item | int) -> int:
-    return work if isinstance(work, int) else len(work.rows)
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            return [read_task(reader, work) for reader, work in tasks]
 
-
-def _read_task(reader: Reader, work: Item | int) -> ReadTask:
-    num_rows = _num_rows(work)
-    metadata = BlockMetadata(
-        num_rows=num_rows, size_bytes=num_rows * reader.row_bytes, input_files=(reader.path,), exec_stats=None
-    )
-    read = reader.filler if isinstance(work, int) else reader.blocks
-    return ReadTask(functools.partial(read, work, BlockAccessor.batch_to_arrow_block), metadata)  # type: ignore[arg-type]
+    return ShardStream()
 
 
 def train_stream(
@@ -124,14 +126,16 @@ def train_stream(
 ) -> ray.data.Dataset:
     """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
 
-    Filler rows bring the length to a multiple of `multiple_of` (the number of workers), because Ray drops what does not divide evenly;
-    `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that counting stays exact.
+    Filler rows bring the length to a multiple of `multiple_of` (the number of workers), because Ray drops what does not
+    divide evenly; `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that
+    counting stays exact.
 
     Args:
         num_samples: length of the whole run, counted from its very beginning.
         finished_epochs, open_epochs: what was consumed, see `remaining_items`.
         with_masks: read ground-truth masks (only for training on ground truth, by name).
-        read_cpus: CPUs that one read task reserves; fractional, or two workers leave none for reading on a small machine and the run hangs.
+        read_cpus: CPUs that one read task reserves; fractional, or two workers leave none for reading on a small
+            machine and the run hangs.
         max_readers: read tasks at a time. Each holds one shard's encoded bytes and one block of pixels.
 
     Raises:
@@ -151,11 +155,11 @@ def train_stream(
         open_epochs=open_epochs,
     )
     tasks: list[tuple[Reader, Item | int]] = [(reader(item.shard), item) for item in items]
-    num_rows = sum(_num_rows(work) for _, work in tasks)
+    num_rows = sum(len(work.rows) for _, work in tasks if isinstance(work, Item))
     if -num_rows % multiple_of or not tasks:
         tasks.append((reader(0), -num_rows % multiple_of or multiple_of))
     dataset = ray.data.read_datasource(
-        _ShardStream(tasks), num_cpus=read_cpus, concurrency=max_readers, override_num_blocks=len(tasks)
+        _source(tasks), num_cpus=read_cpus, concurrency=max_readers, override_num_blocks=len(tasks)
     )
     dataset.context.target_max_block_size = BLOCK_BYTES * 2  # our blocks pass as they are
     dataset.context.enable_progress_bars = False
@@ -164,7 +168,8 @@ def train_stream(
 
 
 def ingest_options(*, window_bytes: int) -> ray.data.ExecutionOptions:
-    """How Ray executes the stream: in order (two runs see the same batches) and with at most `window_bytes` of decoded pixels ahead.
+    """How Ray executes the stream: in order (two runs see the same batches) and with at most `window_bytes` of decoded
+    pixels ahead.
 
     Without the bound Ray fills half of its object store, gigabytes, because back-pressure only counts bytes.
     """
@@ -178,10 +183,11 @@ def iterate(shard: ray.data.DataIterator | ray.data.Dataset, *, batch_size: int,
     for columns in shard.iter_batches(
         batch_size=batch_size, batch_format="numpy", prefetch_batches=prefetch, drop_last=False
     ):
-        yield _to_batch(columns)
+        yield to_batch(columns)
 
 
-def _to_batch(columns: Mapping[str, Array]) -> Batch:
+def to_batch(columns: Mapping[str, Array]) -> Batch:
+    """Columns of the stream as a batch; rejected rows and filler are taken out of the tensors."""
     reject = columns["reject"]
     good = np.flatnonzero(reject == "")
     bad = np.flatnonzero((reject != "") & (reject != FILLER))
@@ -207,10 +213,11 @@ def _to_batch(columns: Mapping[str, Array]) -> Batch:
 def eval_batches(
     index: ShardIndex, *, rank: int, world: int, batch_size: int, max_pixels: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Whole images with their masks at their own size, every `world`-th sample of the index from `rank` on, without Ray.
+    """Whole images with their masks at their own size, every `world`-th sample of the index from `rank` on, without
+    Ray.
 
-    Neighbours of equal size share a batch of at most `batch_size`. `limit` takes the first samples of the index only. What does not decode
-    is left out with a warning.
+    Neighbours of equal size share a batch of at most `batch_size`. `limit` takes the first samples of the index only.
+    What does not decode is left out with a warning.
 
     Raises:
         ValueError: a sample has no mask.

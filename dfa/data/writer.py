@@ -197,7 +197,7 @@ def write_plan(root: str, plan: ShardPlan) -> None:
             f"{root} is not empty and holds no dfa shards ({len(found)} entries: {', '.join(found[:4])}, ...); "
             "choose an empty or a new folder"
         )
-    _write_json(address, plan.summary())
+    write_json(address, plan.summary())
 
 
 def _check_same_plan(address: str, wanted: dict[str, Any]) -> None:
@@ -214,18 +214,20 @@ def _check_same_plan(address: str, wanted: dict[str, Any]) -> None:
     )
 
 
-def _write_json(address: str, document: dict[str, Any]) -> None:
+def write_json(address: str, document: dict[str, Any]) -> None:
+    """Write a JSON file atomically; the same document gives the same bytes."""
     data = (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
     storage.write_atomic(address, lambda file: file.write(data))
 
 
-def _marker_address(root: str, shard: str) -> str:
+def marker_address(root: str, shard: str) -> str:
+    """Return the address of a shard's commit marker."""
     return storage.join(root, shard.removesuffix(".tar") + ".json")
 
 
 def _committed(root: str, item: PlanItem) -> ShardReport | None:
     """Return the report of a shard that is whole on disk and was written for this very item."""
-    marker, address = _marker_address(root, item.shard), storage.join(root, item.shard)
+    marker, address = marker_address(root, item.shard), storage.join(root, item.shard)
     if not storage.exists(marker) or not storage.exists(address):
         return None
     try:
@@ -269,7 +271,7 @@ def write_shard(root: str, item: PlanItem) -> ShardReport:
     )
     document = asdict(report)
     document["samples"] = [[row.key, row.labels, row.width, row.height, row.has_mask] for row in rows]
-    _write_json(_marker_address(root, item.shard), document)
+    write_json(marker_address(root, item.shard), document)
     return report
 
 
@@ -285,14 +287,18 @@ def _write_tar(file: BinaryIO, item: PlanItem, rows: list[SampleRow], rejects: l
             rows.append(row)
             num_turned += turned
             for extension, data in members:
-                # Fixed owner, mode and time (TarInfo's defaults): the same bytes at every attempt.
-                member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                add_member(tar, f"{sample.key}.{extension}", data)
     if num_turned:
         logger.warning(
             "%s: %d images carry an EXIF orientation; their pixels are used as stored", item.shard, num_turned
         )
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append one file with fixed owner, mode and time (TarInfo's defaults): the same bytes at every attempt."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def _pack(sample: Sample, item: PlanItem, row: int) -> tuple[list[tuple[str, bytes]], SampleRow, bool]:
@@ -371,7 +377,7 @@ def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex
             f"{len(rejects)} of {len(rejects) + num_samples} images rejected ({share:.2%}), allowed are "
             f"{max_reject_share:.2%}; reasons in {storage.join(root, REJECTS_NAME)}: {summarize_rejects(rejects)}"
         )
-    _write_json(storage.join(root, INDEX_NAME), _index_document(plan, done, num_samples, len(rejects)))
+    write_json(storage.join(root, INDEX_NAME), _index_document(plan, done, num_samples, len(rejects)))
     return load_index(root)
 
 

@@ -80,8 +80,6 @@ def dense_crf(image_HW3: np.ndarray, probability_KHW: np.ndarray, settings: CrfS
         return np.ones((1, height, width), np.float32)
     unary = np.maximum(probability_KHW, settings.min_probability, dtype=np.float32)
     unary /= unary.sum(axis=0)
-    if settings.iterations == 0:
-        return unary
     energy = -np.log(unary, out=unary)
     field = DenseCRF2D(width, height, num_classes)
     field.setUnaryEnergy(np.ascontiguousarray(energy.reshape(num_classes, -1)))

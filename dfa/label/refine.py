@@ -9,6 +9,8 @@ from torch.nn import functional
 # Least local standard deviation, as a share of the colour range: below what one grey level among 32 neighbours makes
 # (7e-4), so it only guards the division where a neighbourhood is flat.
 _MIN_STD = 1e-4
+# torch runs an elementwise operation on fewer than 32768 elements in the calling thread.
+_SERIAL_ELEMENTS = 32_000
 
 
 @dataclass(frozen=True)
@@ -114,38 +116,62 @@ def _resize(map_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(map_BKHW, size=size, mode="bilinear", align_corners=False)
 
 
-def _shifted(padded: Tensor, offset: tuple[int, int], margin: int) -> Tensor:
-    """The view of a map padded by ``margin`` whose pixel i is the neighbour ``i + offset``."""
-    (dy, dx), (height, width) = offset, padded.shape[-2:]
-    return padded[..., margin + dy : height - margin + dy, margin + dx : width - margin + dx]
+def _bands(map_BKHW: Tensor) -> list[slice]:
+    """Row ranges to work on, one after the other; all rows at once on an accelerator.
+
+    On a CPU each operation stays below the size at which torch starts threads: there are hundreds of small ones, and where
+    processes share the cores, a barrier after each took a hundred times as long as the work.
+    """
+    num_images, num_channels, height, width = map_BKHW.shape
+    on_cpu = map_BKHW.device.type == "cpu"
+    rows = max(1, _SERIAL_ELEMENTS // (num_images * num_channels * width)) if on_cpu else height
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _pad(map_BKHW: Tensor, margin: int) -> Tensor:
     return functional.pad(map_BKHW, (margin,) * 4, mode="replicate")
 
 
+def _shifted(padded: Tensor, offset: tuple[int, int], margin: int, rows: slice) -> Tensor:
+    """The view of a map padded by ``margin`` that holds, for every pixel i of ``rows``, its neighbour ``i + offset``."""
+    top, left = margin + offset[0], margin + offset[1]
+    return padded[..., top + rows.start : top + rows.stop, left : left + padded.shape[-1] - 2 * margin]
+
+
 def _affinity(image_B3HW: Tensor, settings: RefineSettings) -> Tensor:
     """kappa, neighbour-major: (neighbours, B, 1, H, W), non-negative, summing to one over the neighbours."""
     offsets, margin = settings.offsets(), max(settings.dilations)
     padded = _pad(image_B3HW, margin)
-    total, squares = torch.zeros_like(image_B3HW), torch.zeros_like(image_B3HW)
-    # Moments of the differences, not of the colours: exact zeros on flat areas, no cancellation of large means.
-    for offset in offsets:
-        difference = _shifted(padded, offset, margin) - image_B3HW
-        total += difference
-        squares.addcmul_(difference, difference)
-    variance = (squares / len(offsets) - (total / len(offsets)) ** 2).clamp_min_(_MIN_STD**2)
-    inverse = (1 / (settings.colour_scale * 3**0.5)) * variance.rsqrt_()
     height, width = image_B3HW.shape[2:]
     kappa = image_B3HW.new_empty(len(offsets), len(image_B3HW), 1, height, width)
-    for out, offset in zip(kappa, offsets, strict=True):
-        difference = (_shifted(padded, offset, margin) - image_B3HW).mul_(inverse)
+    for rows in _bands(image_B3HW):
+        neighbours = [_shifted(padded, offset, margin, rows) for offset in offsets]
+        _fill_affinity(kappa[..., rows, :], image_B3HW[..., rows, :], neighbours, settings)
+    return kappa
+
+
+def _fill_affinity(kappa: Tensor, centre_B3HW: Tensor, neighbours: list[Tensor], settings: RefineSettings) -> None:
+    # Moments of the differences, not of the colours: exact zeros on flat areas, no cancellation of large means.
+    total, squares = torch.zeros_like(centre_B3HW), torch.zeros_like(centre_B3HW)
+    for neighbour in neighbours:
+        difference = neighbour - centre_B3HW
+        total += difference
+        squares.addcmul_(difference, difference)
+    variance = (squares / len(neighbours) - (total / len(neighbours)) ** 2).clamp_min_(_MIN_STD**2)
+    inverse = (1 / (settings.colour_scale * 3**0.5)) * variance.rsqrt_()
+    for out, neighbour in zip(kappa, neighbours, strict=True):
+        difference = (neighbour - centre_B3HW).mul_(inverse)
         torch.sum(difference.square_(), dim=1, keepdim=True, out=out)
-    kappa -= kappa.amin(dim=0)
-    kappa.neg_().exp_()
-    kappa /= kappa.sum(dim=0).mul_(1 + settings.position_weight)
+    least = kappa[0].clone()
+    for distance in kappa[1:]:
+        torch.minimum(least, distance, out=least)
+    normaliser = torch.zeros_like(least)
+    for weight in kappa:
+        normaliser += torch.sub(least, weight, out=weight).exp_()
+    normaliser.mul_(1 + settings.position_weight).reciprocal_()
     share = settings.position_weight / (1 + settings.position_weight)
-    return kappa.add_(_position_softmax(settings).to(kappa).view(-1, 1, 1, 1, 1), alpha=share)
+    for weight, position in zip(kappa, _position_softmax(settings).tolist(), strict=True):
+        weight.mul_(normaliser).add_(share * position)
 
 
 def _position_softmax(settings: RefineSettings) -> Tensor:
@@ -158,9 +184,12 @@ def _position_softmax(settings: RefineSettings) -> Tensor:
 def _propagate(kappa: Tensor, map_BKHW: Tensor, settings: RefineSettings) -> Tensor:
     """M_T from M_0 with a fixed affinity (neighbours, B, 1, H, W)."""
     offsets, margin = settings.offsets(), max(settings.dilations)
+    bands = _bands(map_BKHW)
     for _ in range(settings.iterations):
         padded, result = _pad(map_BKHW, margin), torch.zeros_like(map_BKHW)
-        for weight, offset in zip(kappa, offsets, strict=True):
-            result.addcmul_(weight, _shifted(padded, offset, margin))
+        for rows in bands:
+            band = result[..., rows, :]
+            for weight, offset in zip(kappa[..., rows, :], offsets, strict=True):
+                band.addcmul_(weight, _shifted(padded, offset, margin, rows))
         map_BKHW = result
     return map_BKHW

@@ -164,7 +164,7 @@ def _table(table: Table) -> str:
 
 def _cell(value: str | float | int | None, *, bar: bool) -> str:
     if isinstance(value, str):
-        return f"<td>{value}</td>"
+        return f"<td>{escape(value)}</td>"
     meter = ""
     if bar:
         width = min(max(float(value or 0), 0), 100)

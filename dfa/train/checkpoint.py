@@ -1,12 +1,14 @@
-"""Checkpoints: plain files that any engine, world size and precision can continue from, and that evaluation can read alone.
+"""Checkpoints: plain files that any engine, world size and precision can continue from, and that evaluation can read
+alone.
 
     RUN/checkpoints/step-00000500/model.safetensors      trainable weights, float32
                                   optimizer.safetensors  both Adam moments, float32
                                   progress.safetensors   what was consumed, packed bits
-                                  state.json             numbers, class names, model description, sha256 of the files and of itself
+                                  state.json             numbers, class names, model description, sha256 of the files
+                                  and of itself
 
-A folder is written under a hidden name and renamed when complete, so one that has its name is whole unless the disk lied; hashes tell.
-No pickled objects anywhere.
+A folder is written under a hidden name and renamed when complete, so one that has its name is whole unless the disk
+lied; hashes tell. No pickled objects anywhere.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ class CorruptCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `state.json` says. `val_miou` is None where the step was not validated; `model` describes how to build the model."""
+    """What `state.json` says. `val_miou` is None where the step was not validated; `model` describes how to build
+    the model."""
 
     step: int
     samples_seen: int
@@ -70,7 +73,8 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Path, engine: EngineState, progress_tensors: dict[str, Tensor], info: CheckpointInfo) -> Path:
-    """Write one checkpoint atomically into RUN/checkpoints and return its folder; an older one of the same step is replaced."""
+    """Write one checkpoint atomically into RUN/checkpoints and return its folder; an older one of the same step is
+    replaced."""
     root = run / FOLDER
     target, partial = root / f"{_PREFIX}{info.step:08d}", root / f"{_PARTIAL}{uuid.uuid4().hex}"
     partial.mkdir(parents=True)

@@ -1,12 +1,16 @@
-"""One optimizer step over any number of processes, by DeepSpeed (ZeRO 0, 1, 2) or by plain torch, behind the same calls.
+"""One optimizer step over any number of processes, by DeepSpeed (ZeRO 0, 1, 2) or by plain torch, behind the same
+calls.
 
 This is the only module that imports deepspeed. Both engines agree on four things:
 
-- parameters, moments and gradients of the trainable part stay float32; ``bf16`` and ``fp16`` are torch autocast around the forward pass.
-  The numerical parts that must stay float32 switch autocast off themselves, and a state is the same numbers at every precision;
-- a parameter that got no gradient counts as having gradient zero (so its moments and its weight decay advance everywhere alike);
+- parameters, moments and gradients of the trainable part stay float32; ``bf16`` and ``fp16`` are torch autocast around
+  the forward pass. The numerical parts that must stay float32 switch autocast off themselves, and a state is the same
+  numbers at every precision;
+- a parameter that got no gradient counts as having gradient zero (so its moments and its weight decay advance
+  everywhere alike);
 - the loss given to ``backward`` is a sum whose gradients are *averaged* over ranks and accumulated micro-batches;
-- ``state`` is a portable float32 record by parameter name: any engine, world size and ZeRO stage can load what another one saved.
+- ``state`` is a portable float32 record by parameter name: any engine, world size and ZeRO stage can load what another
+  one saved.
 """
 
 import contextlib
@@ -14,7 +18,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dfa.data.stream import Batch
+from dfa.train.adam import LossScale, check_names, cpu_weights, fill_moments, make_optimizer, set_learning_rate
 from dfa.train.objective import (
     EngineState,
     LossPart,
-    NonFiniteLossError,
     Objective,
     OptimizerSettings,
     all_reduce_sum,
@@ -38,8 +42,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 EngineKind = Literal["auto", "deepspeed", "torch"]
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LOSS_SCALE_START = 2.0**15
-_LOSS_SCALE_GROWTH_INTERVAL = 1000
 _BUCKET_ELEMENTS = 2**23  # DeepSpeed's default bucket of 5e8 elements alone would take 2 GB on a CPU
 _DEEPSPEED_NOISE = ("DeepSpeed", "deepspeed")
 
@@ -60,7 +62,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> float:
-        """Average, clip, update, clear. Returns the global gradient norm before clipping (inf: fp16 overflow, update skipped)."""
+        """Average, clip, update, clear. Returns the global gradient norm before clipping (inf: fp16 overflow,
+        update skipped)."""
         ...
 
     def set_learning_rate(self, factor: float) -> None:
@@ -120,7 +123,8 @@ def make_engine(
 
 
 class _Precise(nn.Module):
-    """The objective under its precision. Autocast sits inside, where DeepSpeed cannot see it and replace it by its own."""
+    """The objective under its precision. Autocast sits inside, where DeepSpeed cannot see it and replace it by its
+    own."""
 
     def __init__(self, objective: Objective, precision: Precision, device: torch.device) -> None:
         super().__init__()
@@ -135,71 +139,9 @@ class _Precise(nn.Module):
             return self.objective(batch)
 
 
-class _LossScale:
-    """Dynamic scale of an fp16 loss: halves on overflow, doubles after a long run without one. Constant 1 otherwise."""
-
-    def __init__(self, precision: Precision) -> None:
-        self.dynamic = precision == "fp16"
-        self.value = _LOSS_SCALE_START if self.dynamic else 1.0
-        self._num_good = 0
-
-    def update(self, norm: float) -> None:
-        finite = norm == norm and norm != float("inf")
-        if not finite and not self.dynamic:
-            raise NonFiniteLossError(f"the gradient norm is {norm} with a finite loss, stopped before the update")
-        if not finite:
-            self.value, self._num_good = max(1.0, self.value / 2), 0
-            logger.warning("fp16 gradients overflowed, update skipped, loss scale now %g", self.value)
-            return
-        self._num_good += 1
-        if self.dynamic and self._num_good % _LOSS_SCALE_GROWTH_INTERVAL == 0:
-            self.value *= 2
-
-
-def _optimizer(objective: Objective, settings: OptimizerSettings) -> torch.optim.AdamW:
-    groups = objective.parameter_groups()
-    grouped = [id(p) for group in groups for p in group.parameters]
-    known = {id(p): name for name, p in objective.named_parameters()}
-    missing = [name for key, name in known.items() if key not in set(grouped)]
-    if missing or len(grouped) != len(set(grouped)) or set(grouped) - set(known):
-        raise ValueError(
-            f"every registered parameter must be in exactly one group; missing {missing}, {len(grouped)} grouped of {len(known)}"
-        )
-    options = [
-        {"params": list(g.parameters), "weight_decay": g.weight_decay, "scale": g.learning_rate_scale, "lr": 0.0}
-        for g in groups
-        if g.parameters
-    ]
-    return torch.optim.AdamW(options, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
-
-
-def _set_learning_rate(groups: Iterable[dict[str, Any]], base: float, factor: float) -> None:
-    for group in groups:
-        group["lr"] = base * group["scale"] * factor
-
-
-def _weights(objective: Objective, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of the objective, parameters replaced by their float32 originals, on the CPU and independent of training memory."""
-    weights = {**objective.state_dict(), **parameters}
-    return {
-        k: v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype, copy=True)
-        for k, v in weights.items()
-    }
-
-
-def _check_names(objective: Objective, state: EngineState) -> None:
-    want = {k: tuple(v.shape) for k, v in objective.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.weights.items()}
-    if want != have:
-        differ = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
-        first = differ[0]
-        raise ValueError(
-            f"the saved state does not fit this model: {len(differ)} entries differ, first {first!r}: saved {have.get(first)}, model {want.get(first)}"
-        )
-
-
 class TorchEngine:
-    """AdamW with one flat gradient all-reduce per step (the trainable part is a few million numbers, overlap would gain nothing)."""
+    """AdamW with one flat gradient all-reduce per step (the trainable part is a few million numbers, overlap would
+    gain nothing)."""
 
     def __init__(
         self,
@@ -213,8 +155,8 @@ class TorchEngine:
         self.objective, self.device, self.num_accumulation = objective.to(device), device, num_accumulation
         self._settings = settings
         self._module = _Precise(objective, precision, device)
-        self._optimizer = _optimizer(objective, settings)
-        self._scale = _LossScale(precision)
+        self._optimizer = make_optimizer(objective, settings)
+        self._scale = LossScale(precision)
         if world()[1] > 1:
             for tensor in objective.state_dict().values():
                 dist.broadcast(tensor, src=0)
@@ -242,7 +184,7 @@ class TorchEngine:
         return norm
 
     def set_learning_rate(self, factor: float) -> None:
-        _set_learning_rate(self._optimizer.param_groups, self._settings.learning_rate, factor)
+        set_learning_rate(self._optimizer.param_groups, self._settings.learning_rate, factor)
 
     def state(self) -> EngineState:
         moments = {name: self._optimizer.state.get(p, {}) for name, p in self.objective.named_parameters()}
@@ -252,30 +194,21 @@ class TorchEngine:
             for key in ("exp_avg", "exp_avg_sq")
         )
         num_updates = max((int(m["step"]) for m in moments.values() if "step" in m), default=0)
-        return EngineState(_weights(self.objective, {}), first, second, num_updates, self._scale.value)
+        return EngineState(cpu_weights(self.objective, {}), first, second, num_updates, self._scale.value)
 
     def load(self, state: EngineState) -> None:
-        _check_names(self.objective, state)
+        check_names(self.objective, state)
         self.objective.load_state_dict(state.weights)
-        _fill_moments(self._optimizer, dict(self.objective.named_parameters()), state)
+        fill_moments(self._optimizer, dict(self.objective.named_parameters()), state)
         self._scale.value = state.loss_scale if self._scale.dynamic else 1.0
-
-
-def _fill_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: EngineState) -> None:
-    """Set Adam's state of unsharded float32 parameters."""
-    for name, p in parameters.items():
-        optimizer.state[p] = {
-            "step": torch.tensor(float(state.num_updates)),
-            "exp_avg": state.moment1[name].to(p.device, copy=True),
-            "exp_avg_sq": state.moment2[name].to(p.device, copy=True),
-        }
 
 
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0, 1 or 2 around the same AdamW.
 
-    DeepSpeed runs in its float32 mode. Its own ``torch_autocast`` is not used: with fp16 it scales the loss but clips the scaled gradient,
-    and decides on overflow rank by rank (0.19.8). ZeRO's external loss scale does both rightly, so fp16 needs stage 1 or 2.
+    DeepSpeed runs in its float32 mode. Its own ``torch_autocast`` is not used: with fp16 it scales the loss but clips
+    the scaled gradient, and decides on overflow rank by rank (0.19.8). ZeRO's external loss scale does both rightly, so
+    fp16 needs stage 1 or 2.
     """
 
     def __init__(
@@ -296,7 +229,7 @@ class DeepSpeedEngine:
         _ensure_process_group(device)
         self.objective, self.device, self.num_accumulation = objective.to(device), device, num_accumulation
         self._settings, self._stage = settings, zero_stage
-        self._scale = _LossScale(precision)
+        self._scale = LossScale(precision)
         config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": num_accumulation,
@@ -313,7 +246,7 @@ class DeepSpeedEngine:
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=_Precise(objective, precision, device),
-                optimizer=_optimizer(objective, settings),
+                optimizer=make_optimizer(objective, settings),
                 config=config,
                 dist_init_required=False,
             )
@@ -347,7 +280,7 @@ class DeepSpeedEngine:
         return norm
 
     def set_learning_rate(self, factor: float) -> None:
-        _set_learning_rate(self._optimizer.param_groups, self._settings.learning_rate, factor)
+        set_learning_rate(self._optimizer.param_groups, self._settings.learning_rate, factor)
 
     def state(self) -> EngineState:
         parameters = dict(self.objective.named_parameters())
@@ -359,15 +292,15 @@ class DeepSpeedEngine:
             read = {n: self._read(p, key) if num_updates else torch.zeros_like(p) for n, p in parameters.items()}
             moments.append({n: m.detach().to("cpu", torch.float32, copy=True) for n, m in read.items()})
         weights = {n: self._read(p, None) for n, p in parameters.items()}
-        return EngineState(_weights(self.objective, weights), moments[0], moments[1], num_updates, self._scale.value)
+        return EngineState(cpu_weights(self.objective, weights), moments[0], moments[1], num_updates, self._scale.value)
 
     def load(self, state: EngineState) -> None:
-        _check_names(self.objective, state)
+        check_names(self.objective, state)
         self.objective.load_state_dict(state.weights)
         parameters = dict(self.objective.named_parameters())
         self._scale.value = state.loss_scale if self._scale.dynamic else 1.0
         if self._stage == 0:
-            return _fill_moments(self._optimizer, parameters, state)
+            return fill_moments(self._optimizer, parameters, state)
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         base, partitions = self._optimizer.optimizer, self._optimizer.single_partition_of_fp32_groups
@@ -383,7 +316,8 @@ class DeepSpeedEngine:
         return None
 
     def _link_moments(self) -> None:
-        """Let safe_get/set_* find Adam's state: ZeRO links it once, after the first group's first step, when later groups have none yet."""
+        """Let safe_get/set_* find Adam's state: ZeRO links it once, after the first group's first step, when
+        later groups have none yet."""
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -414,7 +348,8 @@ def _ensure_process_group(device: torch.device) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import deepspeed quietly; on a CPU without its shared-memory kernel, whose compilation takes a minute at first use."""
+    """Import deepspeed quietly; on a CPU without its shared-memory kernel, whose compilation takes a minute at
+    first use."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

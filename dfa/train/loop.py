@@ -1,7 +1,8 @@
 """A run on Ray Train: starts the workers, feeds them the stream, stops gracefully, continues where the last run ended.
 
-Checkpoints are written by rank 0 into the run folder in our own atomic format (see `checkpoint`); Ray is told metrics only. So the same
-command again continues whatever ended the last one, at any number of workers, and a finished run returns at once.
+Checkpoints are written by rank 0 into the run folder in our own atomic format (see `checkpoint`); Ray is told metrics
+only. So the same command again continues whatever ended the last one, at any number of workers, and a finished run
+returns at once.
 """
 
 import logging
@@ -42,26 +43,29 @@ _ENVIRONMENT = {
 }
 
 
-def start_ray() -> None:
-    """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already."""
+def start_ray(num_cpus: int | None = None) -> None:
+    """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already.
+
+    ``num_cpus`` is for tests only: a cluster that exists refuses it.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
-    ray.init(
-        logging_level=logging.WARNING
-    )  # with the dashboard: without it Ray Train warns every second, and nothing is saved
+    # with the dashboard: without it Ray Train warns every second, and its process runs all the same
+    ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
 
 
 def run(plan: LoopPlan) -> dict[str, Any]:
     """Train to the end of the plan, from the newest whole checkpoint in the run folder if there is one.
 
-    The first SIGINT or SIGTERM stops every rank after its step, writes a checkpoint and returns with ``interrupted`` True; the second
-    ends at once (the last checkpoint stays). Handlers are set only when called from the main thread.
+    The first SIGINT or SIGTERM stops every rank after its step, writes a checkpoint and returns with ``interrupted``
+    True; the second ends at once (the last checkpoint stays). Handlers are set only when called from the main thread.
 
     Returns:
-        Numbers of the run: step, samples_seen, num_rejected, val_miou, best_val_miou, interrupted, world_size, images_per_s, data_wait,
-        seconds, start_s (from the call to a ready model), best_checkpoint and last_checkpoint (folders).
+        Numbers of the run: step, samples_seen, num_rejected, val_miou, best_val_miou, interrupted, world_size,
+            images_per_s, data_wait, seconds, start_s (from the call to a ready model), best_checkpoint and
+            last_checkpoint (folders).
 
     Raises:
         ValueError: the plan does not fit the cluster, or the checkpoint does not fit the plan.
@@ -135,6 +139,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     plan, resources = config["plan"], config["resources"]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("dfa").setLevel(logging.INFO)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line per rank and report otherwise
     torch.set_num_threads(resources.threads)
     checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
     batches = _started(
@@ -148,7 +153,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; the first is fetched in a thread from now on, so that the stream starts while the model is built."""
+    """The same batches; the first is fetched in a thread from now on, so that the stream starts while the model is
+    built."""
     pool = ThreadPoolExecutor(1)
     first = pool.submit(next, batches, None)
     pool.shutdown(wait=False)

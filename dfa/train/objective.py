@@ -1,4 +1,5 @@
-"""What is trained, as the engines and the loop see it: parameter groups, loss parts, their global mean, the learning rate."""
+"""What is trained, as the engines and the loop see it: parameter groups, loss parts, their global mean, the learning
+rate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class LossPart:
-    """One term of the loss on this rank: ``total`` is the sum over its valid elements, ``count`` their number (both scalars)."""
+    """One term of the loss on this rank: ``total`` is the sum over its valid elements, ``count`` their number (both
+    scalars)."""
 
     name: str
     weight: float
@@ -32,7 +34,8 @@ class LossPart:
 
 
 class Objective(nn.Module):
-    """What the loop trains. Registered parameters are exactly the trainable ones; what is frozen is held outside registration."""
+    """What the loop trains. Registered parameters are exactly the trainable ones; what is frozen is held outside
+    registration."""
 
     num_classes: int
     """Rows of the confusion matrix that ``validate`` returns (background included)."""
@@ -92,8 +95,9 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def learning_rate_factor(step: float, *, total: float, warmup: float, power: float) -> float:
     """Share of the base learning rate at ``step`` (0-based, about to be made): linear warm-up times polynomial decay.
 
-    ``min(1, (step + 1) / warmup) * (1 - step / total) ** power`` (METHOD row 1.21: 50 warm-up steps, power 1). Our reading: the two are
-    multiplied, so the curve is continuous where warm-up ends. ``total`` and ``warmup`` in steps; ``warmup`` 0 means none.
+    ``min(1, (step + 1) / warmup) * (1 - step / total) ** power`` (METHOD row 1.21: 50 warm-up steps, power 1). Our
+    reading: the two are multiplied, so the curve is continuous where warm-up ends. ``total`` and ``warmup`` in steps;
+    ``warmup`` 0 means none.
 
     >>> learning_rate_factor(50, total=100, warmup=10, power=1.0)
     0.5
@@ -121,11 +125,12 @@ class GlobalLoss:
 def global_loss(parts: Sequence[LossPart], batch: Batch, *, signals: Sequence[float] = ()) -> GlobalLoss:
     """Divide every part by its *global* number of valid elements, with one small all-reduce.
 
-    ``loss = sum_p weight_p * (sum over ranks total_p) / (sum over ranks count_p)``; gradients are averaged over ranks afterwards, hence
-    the factor world in ``local``. Counts are global over the ranks of one micro-batch; accumulated micro-batches are averaged.
-    ``signals`` (a stop request, say) are summed over ranks in the same message.
+    ``loss = sum_p weight_p * (sum over ranks total_p) / (sum over ranks count_p)``; gradients are averaged over ranks
+    afterwards, hence the factor world in ``local``. Counts are global over the ranks of one micro-batch; accumulated
+    micro-batches are averaged. ``signals`` (a stop request, say) are summed over ranks in the same message.
 
-    Raises NonFiniteLossError on all ranks alike when any part of any rank is NaN or infinite, naming the keys of those ranks' batches.
+    Raises NonFiniteLossError on all ranks alike when any part of any rank is NaN or infinite, naming the keys of those
+    ranks' batches.
     """
     device = parts[0].total.device
     local = torch.stack([p.total.detach().double() for p in parts] + [p.count.detach().double() for p in parts])

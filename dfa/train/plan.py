@@ -101,9 +101,10 @@ class LoopPlan:
 def derive_resources(plan: LoopPlan, *, num_cpus: float, num_gpus: float) -> Resources:
     """Share a cluster between workers and readers.
 
-    Without GPUs, the workers reserve half of the CPUs (at most one each), so that read tasks, a quarter CPU each, always find room: two
-    workers with a whole CPU each on two CPUs would leave none, and Ray waits for ever without an error. With GPUs a worker reserves one CPU
-    where there are enough. Reservations are book-keeping only: torch threads are set to all CPUs / workers.
+    Without GPUs, the workers reserve half of the CPUs (at most one each), so that read tasks, a quarter CPU each,
+    always find room: two workers with a whole CPU each on two CPUs would leave none, and Ray waits for ever without an
+    error. With GPUs a worker reserves one CPU where there are enough. Reservations are book-keeping only: torch threads
+    are set to all CPUs / workers.
 
     Raises:
         ValueError: more workers than GPUs, or less than a fifth of a CPU for a worker.

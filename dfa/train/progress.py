@@ -1,7 +1,7 @@
 """Which samples a run has consumed: a number of finished epochs and one bitmap for each open epoch.
 
-A sample counts as consumed when the step that used it was made, not when it was fetched. Every rank notes its own samples; `gather` adds
-the ranks up. One bit per sample and open epoch: 10 kB for COCO's 83 000 images.
+A sample counts as consumed when the step that used it was made, not when it was fetched. Every rank notes its own
+samples; `gather` adds the ranks up. One bit per sample and open epoch: 10 kB for COCO's 83 000 images.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,8 @@ class Progress:
         """Mark (epoch, sample) pairs as consumed.
 
         Raises:
-            ValueError: a pair was consumed before (the stream repeated it), or the sample number is outside the data set.
+            ValueError: a pair was consumed before (the stream repeated it), or the sample number is outside the data
+                set.
         """
         for epoch, sample in zip(epochs, samples, strict=True):
             if not 0 <= sample < self.num_samples:

@@ -19,8 +19,8 @@ METRICS_NAME = "metrics.jsonl"
 class Recorder:
     """Writes metrics of rank 0; the other ranks' recorders do nothing.
 
-    Lines of steps after `first_step` (from before a crash, beyond the checkpoint that the run went back to) are removed, so the file tells
-    one history.
+    Lines of steps after `first_step` (from before a crash, beyond the checkpoint that the run went back to) are
+    removed, so the file tells one history.
     """
 
     def __init__(self, run: Path, *, rank: int, first_step: int) -> None:

@@ -73,7 +73,8 @@ class Trainer:
     def train(self, batches: Iterator[Batch], *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Train to the plan's end or to a stop request; returns the numbers of the run, the same on every rank.
 
-        `report` is called on every rank at every validation and checkpoint with the newest metrics (a barrier under Ray Train).
+        `report` is called on every rank at every validation and checkpoint with the newest metrics (a barrier under Ray
+        Train).
 
         Raises:
             NonFiniteLossError: on all ranks, before the update.
@@ -137,7 +138,8 @@ class Trainer:
         self._meter.add(time.perf_counter() - begin, wait_s, int(seen), {"loss": value, "grad_norm": norm, **means})
 
     def _forward(self, batch: Batch | None) -> tuple[Batch, list[LossPart]]:
-        """Loss parts of a micro-batch. A rank without samples takes part with weightless ones, so that collectives match."""
+        """Loss parts of a micro-batch. A rank without samples takes part with weightless ones, so that
+        collectives match."""
         if batch is not None and len(batch):
             self._spare = batch
             return batch, self.engine.forward(batch.to(self.device))

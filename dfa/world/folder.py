@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 from PIL import Image
 
 from dfa.data.classes import voc_palette
+from dfa.data.transforms import encode_mask
 from dfa.world.scenes import CLASSES, SIZE, Scene, draw
 
 
@@ -60,11 +61,7 @@ def _write_scene(folder: Path, key: str, scene: Scene) -> None:
     image = io.BytesIO()
     Image.fromarray(scene.image_HW3).save(image, "JPEG", quality=95, subsampling=0)
     _replace(folder / "JPEGImages" / f"{key}.jpg", image.getvalue())
-    mask = Image.fromarray(scene.mask_HW, "P")
-    mask.putpalette(voc_palette())
-    encoded = io.BytesIO()
-    mask.save(encoded, "PNG")
-    _replace(folder / "SegmentationClass" / f"{key}.png", encoded.getvalue())
+    _replace(folder / "SegmentationClass" / f"{key}.png", encode_mask(scene.mask_HW, voc_palette()))
     objects = "".join(f"<object><name>{CLASSES[label - 1]}</name></object>" for label in scene.labels)
     size = f"<size><width>{SIZE}</width><height>{SIZE}</height><depth>3</depth></size>"
     head = f"<filename>{key}.jpg</filename><caption>{escape(scene.caption)}</caption>"

@@ -55,18 +55,19 @@ class PretrainSettings:
     seed: int = 0
     close_up_steps: int = 1500
     close_up_batch_size: int = 32
-    scene_steps: int = 3500
+    scene_steps: int = 2500
     scene_batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup_steps: int = 150
+    class_token_weight: float = 2.0
     patch_weight: float = 1.0
     exclusive_weight: float = 0.5
     patch_scale: float = 20.0
-    presence_patches: tuple[int, ...] = (3, 16)
+    presence_patches: tuple[int, ...] = (3, 10)
     erase_probability: float = 0.5
     average_decay: float = 0.995
-    checkpoint_every: int = 100
+    checkpoint_every: int = 150
 
     @property
     def num_steps(self) -> int:
@@ -235,7 +236,7 @@ def _loss(
         similarity_BNK = settings.patch_scale * patch_BNE @ text_TE[: len(NAMES)].T
         presence, exclusive = patch_losses(similarity_BNK, batch.present_BK, settings.presence_patches)
         parts[f"presence_{path}"], parts[f"exclusive_{path}"] = presence, exclusive
-    total = parts["class_token"]
+    total = settings.class_token_weight * parts["class_token"]
     for path in ("value", "raw"):
         term = parts[f"presence_{path}"] + settings.exclusive_weight * parts[f"exclusive_{path}"]
         total = total + 0.5 * settings.patch_weight * term

@@ -108,6 +108,14 @@ def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path):
     assert "new" in path.read_text() and [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+def test_a_reader_of_the_old_page_keeps_the_whole_old_page(tmp_path):
+    path = write_page(Report("old"), tmp_path / "report.html")
+    with path.open() as reader:
+        write_page(Report("new"), path)
+        content = reader.read()
+    assert "old" in content and content.endswith("</html>\n") and "new" in path.read_text()
+
+
 def test_a_path_that_cannot_be_replaced_leaves_no_debris(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(IsADirectoryError):

@@ -1,6 +1,7 @@
-"""A tiny objective with the shape of the real one: a convolution that predicts the labels of each pixel, frozen part outside."""
+"""A tiny objective with the shape of the real one: a convolution that predicts the labels of each pixel, frozen part
+outside."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dfa.core.metrics import confusion_matrix
+from dfa.data.reading import CropSettings, Reader, remaining_items, shard_offsets
 from dfa.data.samples import MaskFile, Sample
 from dfa.data.shards import ShardIndex
-from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
+from dfa.data.stream import Batch, eval_batches, to_batch, train_stream
 from dfa.data.writer import finish, plan_shards, write_plan, write_shard
 from dfa.train.objective import LossPart, Objective, OptimizerSettings, ParameterGroup
 from dfa.train.plan import LoopPlan, Resources
@@ -103,6 +105,28 @@ def write_toy_shards(root: Path, *, num_samples: int, samples_per_shard: int, si
     for item in plan.items:
         write_shard(str(root), item)
     return finish(str(root), plan, max_reject_share=0.0)
+
+
+def local_batches(plan: LoopPlan, index: ShardIndex, progress: Progress) -> Iterator[Batch]:
+    """What `train_stream` gives to a single worker, in this process."""
+    crop = CropSettings(size=12, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
+    sizes = [s.num_samples for s in index.shards]
+    items = remaining_items(
+        sizes,
+        seed=plan.seed,
+        num_samples=plan.total_samples,
+        finished_epochs=progress.finished_epochs,
+        open_epochs=progress.open_epochs,
+    )
+    rows: list[dict[str, Any]] = []
+    for item in items:
+        offset = int(shard_offsets(sizes)[item.shard])
+        reader = Reader(index.path(index.shards[item.shard].name), offset, 3, plan.seed, crop, False)
+        for columns in reader.blocks(item, dict):
+            rows += [{k: v[i] for k, v in columns.items()} for i in range(len(columns["key"]))]
+            while len(rows) >= plan.micro_batch:
+                now, rows = rows[: plan.micro_batch], rows[plan.micro_batch :]
+                yield to_batch({k: np.stack([row[k] for row in now]) for k in now[0]})
 
 
 def toy_plan(run: Path, index: ShardIndex, **changes: Any) -> LoopPlan:

@@ -1,0 +1,201 @@
+"""One image's class scores -> mask, confidence and additive counts: what the label factory does with every image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dfa.core.metrics import confusion_matrix, threshold_confusion
+from dfa.label.crf import CrfSettings, dense_crf
+from dfa.label.pseudo import VOID, PseudoSettings, background_score
+
+FloatArray = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """Scores of the classes that an image may show.
+
+    score_KHW: float32, >= 0, row 0 the background; need not be normalised.
+    class_ids: the mask value of each row, ascending from 0.
+    """
+
+    score_KHW: FloatArray
+    class_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How scores become masks.
+
+    num_classes: C.
+    crf: None leaves the CRF out.
+    sharpness: exponent on the scores before they are normalised to the unary; 1 takes them as probabilities up to a
+        factor (our reading of "CAM + CRF").
+    min_confidence: pixels whose winner is less probable become void; 0 for none.
+    thresholds: background thresholds to sweep over the foreground rows, ascending; () for none.
+    """
+
+    num_classes: int
+    crf: CrfSettings | None
+    sharpness: float
+    min_confidence: float
+    thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.sharpness <= 0 or not 0 <= self.min_confidence < 1:
+            raise ValueError(f"sharpness must be > 0 and min_confidence in [0, 1), got {self}")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Integer counts of any number of images; they add up.
+
+    Tensors are int64. pixels_C: pixels of each class in the masks (background first), void_pixels beside them.
+    num_truth: images with a ground truth, which alone enter the confusion matrices (rows truth, columns prediction):
+    sweep_TCC the seed under each threshold, argmax_CC the scores as they are, mask_CC the mask before its void band.
+    """
+
+    num_images: int
+    num_truth: int
+    void_pixels: int
+    pixels_C: Tensor
+    argmax_CC: Tensor
+    mask_CC: Tensor
+    sweep_TCC: Tensor
+
+    @staticmethod
+    def zero(settings: LabelSettings) -> "Tally":
+        """The tally of no image."""
+        size, num_thresholds = settings.num_classes + 1, len(settings.thresholds)
+        square = torch.zeros(size, size, dtype=torch.int64)
+        sweep = torch.zeros(num_thresholds, size, size, dtype=torch.int64)
+        return Tally(0, 0, 0, torch.zeros(size, dtype=torch.int64), square, square.clone(), sweep)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, name) + getattr(other, name) for name in Tally.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """mask_HW: 0..C and 255. confidence: mean probability of the winners. tally: of this image alone."""
+
+    mask_HW: UInt8Array
+    confidence: float
+    tally: Tally
+
+
+def seed_scores(
+    score_BMHW: Tensor, class_BM: Tensor, prompt_BHW: Tensor | None, settings: PseudoSettings
+) -> list[ImageScores]:
+    """Seeds of the present classes with the background's score before them.
+
+    Args:
+        score_BMHW: CAM in [0, 1] at pixel size. class_BM: index 1..C of each slot, 0 where unused.
+        prompt_BHW: the background prompts' map, for ``settings.background == "prompts"``.
+        settings: `background`, `threshold` and `gamma` are read. With a constant background the argmax is the CAM above
+            that threshold; as a unary, a class's probability is its score's share of the sum (our reading).
+    """
+    background_B1HW = background_score(score_BMHW, prompt_BHW, settings)
+    found = []
+    for score_MHW, class_M, background_1HW in zip(score_BMHW, class_BM, background_B1HW, strict=True):
+        used_M = class_M > 0
+        rows_KHW = torch.cat([background_1HW, score_MHW[used_M].clamp_min(0)]).float().cpu().numpy()
+        found.append(ImageScores(rows_KHW, (0, *(int(index) for index in class_M[used_M]))))
+    return found
+
+
+def model_scores(logits_BCHW: Tensor, *, min_probability: float) -> list[ImageScores]:
+    """Softmax of a model's logits, without the classes that matter nowhere in the image.
+
+    Kept are the background, every class that exceeds `min_probability` somewhere, and every class that wins a pixel: the
+    argmax is that of all classes, while the CRF's time follows what the image shows.
+    """
+    found = []
+    for logits_CHW in logits_BCHW:
+        probability_CHW = logits_CHW.float().softmax(0)
+        keep_C = probability_CHW.amax((1, 2)) > min_probability
+        keep_C[probability_CHW.argmax(0).unique()] = True
+        keep_C[0] = True
+        ids = tuple(int(index) for index in keep_C.nonzero()[:, 0])
+        found.append(ImageScores(probability_CHW[keep_C].cpu().numpy(), ids))
+    return found
+
+
+def label_image(
+    image_HW3: UInt8Array, scores: ImageScores, truth_HW: UInt8Array | None, settings: LabelSettings
+) -> LabelledImage:
+    """Scores -> CRF -> mask, and what there is to count.
+
+    Args:
+        image_HW3: RGB. truth_HW: ground truth of 0..C and 255, or None.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    ids_K = np.asarray(scores.class_ids, np.uint8)
+    argmax_HW = ids_K[scores.score_KHW.argmax(0)]  # ties go to the background, then to the lower class
+    unary_KHW = scores.score_KHW if settings.sharpness == 1 else scores.score_KHW**settings.sharpness
+    if settings.crf is None:
+        probability_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
+    else:
+        probability_KHW = dense_crf(image_HW3, unary_KHW, settings.crf)
+    mask_HW, best_HW = ids_K[probability_KHW.argmax(0)], probability_KHW.max(0)
+    confusions = _confusions(scores, argmax_HW, mask_HW, truth_HW, settings)
+    final_HW = np.where(best_HW < settings.min_confidence, np.uint8(VOID), mask_HW)
+    pixels = torch.from_numpy(final_HW).reshape(-1).bincount(minlength=256)
+    tally = Tally(
+        1,
+        int(truth_HW is not None),
+        int(pixels[VOID]),
+        pixels[: settings.num_classes + 1],
+        *confusions,
+    )
+    return LabelledImage(final_HW, float(best_HW.mean()), tally)
+
+
+def _confusions(
+    scores: ImageScores,
+    argmax_HW: UInt8Array,
+    mask_HW: UInt8Array,
+    truth_HW: UInt8Array | None,
+    settings: LabelSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if truth_HW is None:
+        zero = Tally.zero(settings)
+        return zero.argmax_CC, zero.mask_CC, zero.sweep_TCC
+    truth = torch.tensor(truth_HW)  # a copy: what comes from Ray's store is read-only
+    argmax_CC, mask_CC = (
+        confusion_matrix(torch.from_numpy(label_HW), truth, num_classes=settings.num_classes + 1)
+        for label_HW in (argmax_HW, mask_HW)
+    )
+    return argmax_CC, mask_CC, sweep_confusion(scores, truth_HW, settings.thresholds, num_classes=settings.num_classes)
+
+
+def sweep_confusion(
+    scores: ImageScores, truth_HW: UInt8Array, thresholds: Sequence[float], *, num_classes: int
+) -> Tensor:
+    """`dfa.core.metrics.threshold_confusion` of the foreground rows: (thresholds, C + 1, C + 1), background first.
+
+    Only the classes of the image or of its ground truth are counted with, so C costs nothing but the result's size.
+    """
+    full_TCC = torch.zeros(len(thresholds), num_classes + 1, num_classes + 1, dtype=torch.int64)
+    if not thresholds:
+        return full_TCC
+    in_truth = {int(index) for index in np.unique(truth_HW)} - {0, VOID}
+    classes = sorted({*scores.class_ids[1:], *in_truth}) or [1]
+    map_MHW = np.zeros((len(classes), *truth_HW.shape), np.float32)
+    for row_HW, index in zip(scores.score_KHW[1:], scores.class_ids[1:], strict=True):
+        map_MHW[classes.index(index)] = row_HW
+    compact = np.zeros(256, np.uint8)
+    compact[classes], compact[VOID] = range(1, len(classes) + 1), VOID
+    compact_TKK = threshold_confusion(
+        torch.from_numpy(map_MHW), torch.from_numpy(compact[truth_HW]), thresholds=thresholds
+    )
+    ids_K = torch.tensor([0, *classes])
+    full_TCC[:, ids_K[:, None], ids_K[None, :]] = compact_TKK
+    return full_TCC

@@ -1,0 +1,89 @@
+"""AdamW and its state as both engines share them: groups, learning rates, loss scale, portable float32 numbers."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfa.train.objective import EngineState, NonFiniteLossError, Objective, OptimizerSettings
+
+logger = logging.getLogger(__name__)
+
+_LOSS_SCALE_START = 2.0**15
+_LOSS_SCALE_GROWTH_INTERVAL = 1000
+
+
+class LossScale:
+    """Dynamic scale of an fp16 loss: halves on overflow, doubles after a long run without one. Constant 1 otherwise."""
+
+    def __init__(self, precision: str) -> None:
+        self.dynamic = precision == "fp16"
+        self.value = _LOSS_SCALE_START if self.dynamic else 1.0
+        self._num_good = 0
+
+    def update(self, norm: float) -> None:
+        finite = norm == norm and norm != float("inf")
+        if not finite and not self.dynamic:
+            raise NonFiniteLossError(f"the gradient norm is {norm} with a finite loss, stopped before the update")
+        if not finite:
+            self.value, self._num_good = max(1.0, self.value / 2), 0
+            logger.warning("fp16 gradients overflowed, update skipped, loss scale now %g", self.value)
+            return
+        self._num_good += 1
+        if self.dynamic and self._num_good % _LOSS_SCALE_GROWTH_INTERVAL == 0:
+            self.value *= 2
+
+
+def make_optimizer(objective: Objective, settings: OptimizerSettings) -> torch.optim.AdamW:
+    groups = objective.parameter_groups()
+    grouped = [id(p) for group in groups for p in group.parameters]
+    known = {id(p): name for name, p in objective.named_parameters()}
+    missing = [name for key, name in known.items() if key not in set(grouped)]
+    if missing or len(grouped) != len(set(grouped)) or set(grouped) - set(known):
+        raise ValueError(
+            f"every registered parameter must be in exactly one group; missing {missing}, {len(grouped)} grouped of {len(known)}"
+        )
+    options = [
+        {"params": list(g.parameters), "weight_decay": g.weight_decay, "scale": g.learning_rate_scale, "lr": 0.0}
+        for g in groups
+        if g.parameters
+    ]
+    return torch.optim.AdamW(options, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], base: float, factor: float) -> None:
+    for group in groups:
+        group["lr"] = base * group["scale"] * factor
+
+
+def cpu_weights(objective: Objective, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of the objective, parameters replaced by their float32 originals, on the CPU and independent of
+    training memory."""
+    weights = {**objective.state_dict(), **parameters}
+    return {
+        k: v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype, copy=True)
+        for k, v in weights.items()
+    }
+
+
+def check_names(objective: Objective, state: EngineState) -> None:
+    want = {k: tuple(v.shape) for k, v in objective.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.weights.items()}
+    if want != have:
+        differ = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        first = differ[0]
+        raise ValueError(
+            f"the saved state does not fit this model: {len(differ)} entries differ, first {first!r}: saved {have.get(first)}, model {want.get(first)}"
+        )
+
+
+def fill_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: EngineState) -> None:
+    """Set Adam's state of unsharded float32 parameters."""
+    for name, p in parameters.items():
+        optimizer.state[p] = {
+            "step": torch.tensor(float(state.num_updates)),
+            "exp_avg": state.moment1[name].to(p.device, copy=True),
+            "exp_avg_sq": state.moment2[name].to(p.device, copy=True),
+        }

@@ -1,0 +1,140 @@
+"""Write the page of a run: `python -m jobs.report CONF key=value ...`. Reads what training and evaluation left."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfa import build
+from dfa.config import Config
+from dfa.data.shards import ShardIndex
+from dfa.data.stream import Batch, eval_batches
+from dfa.label.crf import crf_labels
+from dfa.model.segmenter import Segmenter
+from dfa.report import figures
+from dfa.report.page import Picture, Report, Table, write_page
+from dfa.train.record import read_metrics
+from jobs import Result, main
+
+log = logging.getLogger("jobs.report")
+_PICTURES = 6
+_SCORES = {
+    "val_miou": ("model on held-out images", "mIoU, several scales, flip and CRF"),
+    "mask_miou": ("pseudo-masks", "mIoU on the training images, CAM and CRF"),
+    "seed_miou": ("CAM seeds", "mIoU on the training images, best threshold"),
+    "supervised_miou": ("trained on ground truth", "mIoU on held-out images: the bound, not a result"),
+}
+
+
+def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
+    """Write RUN/report.html.
+
+    extra: further scores and provenance that the caller measured (keys `supervised_miou`, `seconds`, `peak_gb`,
+    `command`).
+    """
+    folder, extra = Path(config.run), extra or {}
+    scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k == "supervised_miou"}
+    segmenter = build.trained_segmenter(config, build.device(config))
+    pictures = []
+    for split, title in (("val", "held-out"), ("train", "training")):
+        if getattr(config.shards, split):
+            pictures += _pictures(segmenter, config, build.index(config, split), title)
+    report = Report(
+        title=f"{config.name}: image-level labels to masks",
+        scores={name: scores[key] for key, (name, _) in _SCORES.items() if scores.get(key) is not None},
+        notes=dict(_SCORES.values()),
+        tables=_tables(scores),
+        figures=_curves(folder, scores),
+        pictures=tuple(pictures),
+        provenance=_provenance(config, extra),
+        summary="Only image-level labels supervise. Each row shows an image, its exact mask (used for scoring alone), "
+        "the class activation map, the pseudo-label made from it, and what the trained model predicts.",
+    )
+    path = write_page(report, folder / "report.html")
+    return {"job": "report", "report": str(path), "pictures": len(pictures)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _pictures(segmenter: Segmenter, config: Config, index: ShardIndex, title: str) -> list[Picture]:
+    batches = eval_batches(
+        index, rank=0, world=1, batch_size=1, max_pixels=config.data.max_pixels, limit=_PICTURES, with_masks=False
+    )
+    return [_picture(segmenter, config, batch, index.class_names, title) for batch in batches]
+
+
+def _picture(segmenter: Segmenter, config: Config, batch: Batch, names: Sequence[str], title: str) -> Picture:
+    scales, flip, device = config.evaluate.scales, config.evaluate.flip, segmenter.clip.device
+    image_B3HW, labels_BC = batch.image_B3HW.to(device), batch.labels_BC.to(device)
+    image_HW3 = batch.image_B3HW[0].permute(1, 2, 0).contiguous().numpy()
+    seeds = segmenter.pixel_seeds(image_B3HW, labels_BC, scales=config.evaluate.cam_scales, flip=flip)
+    cam_KHW = seeds.score_BMHW[0].cpu().numpy()
+    background_HW = np.full(cam_KHW.shape[1:], config.cam.threshold, np.float32)
+    classes = [0, *(int(each) for each in seeds.class_BM[0] if each > 0)]
+    settings = build.crf_settings(config)
+    pseudo_HW = crf_labels(image_HW3, np.stack([background_HW, *cam_KHW])[: len(classes)], classes, settings)
+    probability_KHW = segmenter.logits(image_B3HW, scales=scales, flip=flip)[0].softmax(0).cpu().numpy()
+    likely = [0, *(k for k in range(1, len(probability_KHW)) if probability_KHW[k].max() > 0.05)]
+    prediction_HW = crf_labels(image_HW3, probability_KHW[likely], likely, settings)
+    example = figures.Example(
+        image_HW3,
+        truth_HW=None if batch.mask_BHW is None else batch.mask_BHW[0].numpy(),
+        cam_HW=cam_KHW.max(0) if len(cam_KHW) else np.zeros_like(background_HW),
+        pseudo_HW=pseudo_HW,
+        prediction_HW=prediction_HW,
+    )
+    return Picture(f"{title} {batch.keys[0]}", figures.sample_panels(example), figures.present_legend(example, names))
+
+
+def _tables(scores: dict[str, Any]) -> tuple[Table, ...]:
+    per_class: dict[str, dict[str, float | None]] = scores.get("per_class") or {}
+    parts = [part for part in ("seed", "mask", "val") if per_class.get(part)]
+    if not parts:
+        return ()
+    names = list(per_class[parts[-1]])
+    rows = tuple((name, *(per_class[part].get(name) for part in parts)) for name in names)
+    return (Table("IoU of each class, %", ("class", *parts), rows, bar_column=len(parts)),)
+
+
+def _curves(folder: Path, scores: dict[str, Any]) -> tuple[figures.Panel, ...]:
+    lines, panels = read_metrics(folder), []
+    steps = [line for line in lines if line["kind"] == "train"]
+    parts = sorted({key for line in steps for key in line if key == "loss" or key.startswith("loss_")})
+    losses = {part: [(line["step"], line[part]) for line in steps if line.get(part) is not None] for part in parts}
+    if steps:
+        png = figures.learning_curves(losses, title="Losses", y_label="loss", log=True)
+        panels.append(figures.Panel("The parts of the loss over the steps.", png))
+    checks = [(line["step"], 100 * line["miou"]) for line in lines if line["kind"] == "val" and line.get("miou")]
+    if checks:
+        png = figures.learning_curves({"validation": checks}, title="Validation", y_label="mIoU, %")
+        panels.append(figures.Panel("The model alone on held-out images while it trains: one scale, no CRF.", png))
+    if scores.get("seed_curve"):
+        png = figures.sweep_curve({"CAM": scores["seed_curve"]}, title="CAM seeds")
+        panels.append(figures.Panel("CAM seeds over the background threshold.", png))
+    return tuple(panels)
+
+
+def _provenance(config: Config, extra: dict[str, Any]) -> dict[str, str]:
+    facts = {
+        "command": str(extra.get("command", f"python -m jobs.report {config.name}")),
+        "training": f"{config.train.steps} steps of {config.train.batch_size} images, {config.train.workers} worker(s), "
+        f"{config.train.precision}, seed {config.train.seed}",
+        "encoder": f"{config.clip.model}, {config.clip.checkpoint}",
+    }
+    if "seconds" in extra:
+        facts["time and memory"] = f"{extra['seconds']:.0f} s, {extra['peak_gb']:.1f} GB at most"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in build.versions().items())
+    facts["processor"] = (
+        f"{torch.get_num_threads()} threads" if not config.train.use_gpu else torch.cuda.get_device_name()
+    )
+    return facts
+
+
+if __name__ == "__main__":
+    main(__doc__, work)

@@ -1,0 +1,162 @@
+"""The stream's content is a function of (seed, epoch, key) alone, and nothing is lost between shards and batches."""
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dfa.data.reading import CropSettings, Item, Reader
+from dfa.data.shards import BrokenShardError, ShardIndex, load_index
+from dfa.data.stream import Batch, eval_batches, ingest_options, iterate, to_batch, train_stream
+from tests.train.toy import write_toy_shards
+
+CROP = CropSettings(size=12, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_toy_shards(tmp_path_factory.mktemp("shards") / "toy", num_samples=23, samples_per_shard=8)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> ShardIndex:
+    """Twelve samples in two shards; the picture of k0003 has a wrong byte in its pixels."""
+    index = write_toy_shards(tmp_path / "toy", num_samples=12, samples_per_shard=6)
+    picture = (tmp_path / "toy-source" / "k0003.png").read_bytes()
+    for path in (tmp_path / "toy").glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        if (at := data.find(picture)) >= 0:
+            data[at + len(picture) // 2] ^= 0xFF
+            path.write_bytes(data)
+    return index
+
+
+def stream(index: ShardIndex, num_samples: int, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "seed": 5,
+        "finished_epochs": 0,
+        "open_epochs": {},
+        "crop": CROP,
+        "with_masks": True,
+        "multiple_of": 1,
+        "read_cpus": 0.25,
+        "max_readers": 2,
+    }
+    return train_stream(index, num_samples=num_samples, **{**settings, **changes})
+
+
+def fingerprints(batches: Iterator[Batch]) -> dict[tuple[int, int], str]:
+    """(epoch, sample) -> hash of everything that a sample carries; a repeated pair fails."""
+    found: dict[tuple[int, int], str] = {}
+    for batch in batches:
+        assert batch.mask_BHW is not None
+        for i, key in enumerate(batch.keys):
+            pair = (int(batch.epoch_B[i]), int(batch.sample_B[i]))
+            assert pair not in found
+            arrays = (batch.image_B3HW[i], batch.valid_BHW[i], batch.labels_BC[i], batch.mask_BHW[i])
+            found[pair] = hashlib.sha256(key.encode() + b"".join(a.numpy().tobytes() for a in arrays)).hexdigest()
+    return found
+
+
+def split(dataset: Any, num_workers: int) -> list[list[Batch]]:
+    """What each of several workers gets, read at the same time as Ray Train's workers do."""
+    dataset.context.execution_options = ingest_options(window_bytes=2**26)
+    parts: list[list[Batch]] = [[] for _ in range(num_workers)]
+    shards = dataset.streaming_split(num_workers, equal=True)
+    threads = [
+        threading.Thread(target=lambda i=i: parts[i].extend(iterate(shards[i], batch_size=4, prefetch=1)))
+        for i in range(num_workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return parts
+
+
+def test_one_worker_and_three_see_the_same_crops(ray_session: None, index: ShardIndex) -> None:
+    one = fingerprints(iterate(stream(index, 50), batch_size=4, prefetch=1))
+    assert len(one) == 50
+    parts = split(stream(index, 50, multiple_of=3), 3)
+    three = fingerprints(batch for part in parts for batch in part)
+    assert three == one
+    counts = [sum(len(batch) for batch in part) for part in parts]
+    assert sum(counts) == 50
+    assert max(counts) <= 17  # 50 samples and one filler row over three workers
+
+
+def test_an_interrupted_stream_continues_with_the_rest(ray_session: None, index: ShardIndex) -> None:
+    whole = fingerprints(iterate(stream(index, 40), batch_size=4, prefetch=1))
+    consumed = np.zeros(23, bool)
+    consumed[np.random.default_rng(0).permutation(23)[:9]] = True
+    rest = fingerprints(iterate(stream(index, 40, open_epochs={0: consumed}), batch_size=4, prefetch=1))
+    assert rest == {pair: mark for pair, mark in whole.items() if pair[0] > 0 or not consumed[pair[1]]}
+
+
+def test_a_broken_picture_is_counted_and_left_out(ray_session: None, broken: ShardIndex) -> None:
+    batches = list(iterate(stream(broken, 12), batch_size=4, prefetch=1))
+    (reject,) = (reject for batch in batches for reject in batch.rejected)
+    assert reject.key == "k0003"
+    assert "does not decode" in reject.reason
+    pairs = {*fingerprints(iter(batches)), (reject.epoch, reject.sample)}
+    assert pairs == {(0, i) for i in range(12)}
+
+
+def test_a_broken_shard_is_an_error_that_names_it(ray_session: None, index: ShardIndex, tmp_path: Path) -> None:
+    for name in ("index.json", *(shard.name for shard in index.shards)):
+        (tmp_path / name).write_bytes((Path(index.root) / name).read_bytes())
+    cut = tmp_path / index.shards[1].name
+    cut.write_bytes(cut.read_bytes()[:3000])
+    with pytest.raises(Exception, match=re.escape(cut.name) + " cannot be read after"):
+        list(iterate(stream(load_index(str(tmp_path)), 23), batch_size=4, prefetch=1))
+
+
+def read(index: ShardIndex, shard: int, rows: list[int], **changes: Any) -> list[Mapping[str, Any]]:
+    settings = {"offset": 0, "num_classes": 3, "seed": 5, "crop": CROP, "with_masks": False, **changes}
+    reader = Reader(path=index.path(index.shards[shard].name), **settings)
+    return list(reader.blocks(Item(0, shard, np.array(rows, np.int32)), dict))
+
+
+def test_rows_come_in_the_order_of_the_item(index: ShardIndex) -> None:
+    (columns,) = read(index, 0, [4, 0, 6], offset=100)
+    assert columns["sample"].tolist() == [104, 100, 106]
+    assert "mask" not in columns
+    batch = to_batch(columns)
+    assert batch.mask_BHW is None
+    assert batch.image_B3HW.shape == (3, 3, 12, 12)
+    assert batch.labels_BC.sum(1).tolist() == [1, 1, 1]
+    classes = [int(key[1:]) % 3 for key in batch.keys]
+    assert batch.labels_BC.int().argmax(1).tolist() == classes
+
+
+def test_blocks_are_bounded_in_bytes(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfa.data.reading.BLOCK_BYTES", 2000)  # three rows of 12 x 12 x 4 bytes
+    blocks = read(index, 0, list(range(7)))
+    assert [len(block["key"]) for block in blocks] == [3, 3, 1]
+
+
+def test_a_shard_that_lost_its_end_names_the_last_good_key(index: ShardIndex, tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.tar"
+    path.write_bytes(Path(index.path(index.shards[0].name)).read_bytes()[:3000])
+    with pytest.raises(BrokenShardError, match="shard-000000.tar .*after"):
+        list(Reader(str(path), 0, 3, 5, CROP, False).blocks(Item(0, 0, np.arange(7, dtype=np.int32)), dict))
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_ranks_share_the_validation_samples(index: ShardIndex, world: int) -> None:
+    parts = [
+        list(eval_batches(index, rank=r, world=world, batch_size=3, max_pixels=10**6, limit=17)) for r in range(world)
+    ]
+    numbers = [[int(n) for batch in part for n in batch.sample_B] for part in parts]
+    assert sorted(n for part in numbers for n in part) == list(range(17))
+    assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
+    for batch in (batch for part in parts for batch in part):
+        assert batch.mask_BHW is not None
+        assert batch.image_B3HW.shape[2:] == batch.mask_BHW.shape[1:] == (16, 16)
+        assert (batch.mask_BHW[:, 0, 0].int() == batch.labels_BC.int().argmax(1) + 1).all()
+        assert len(batch) <= 3

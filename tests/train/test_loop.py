@@ -1,0 +1,84 @@
+"""Whole runs on Ray Train: two workers, an interruption, another number of workers, errors that reach the caller."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray.cloudpickle
+
+from dfa.data.reading import remaining_items, shard_offsets
+from dfa.data.shards import ShardIndex
+from dfa.train.checkpoint import latest_checkpoint
+from dfa.train.loop import run
+from dfa.train.record import read_metrics
+from tests.train import toy
+
+ray.cloudpickle.register_pickle_by_value(toy)  # workers of an outside cluster cannot import tests
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return toy.write_toy_shards(tmp_path_factory.mktemp("shards") / "toy", num_samples=50, samples_per_shard=10)
+
+
+def interrupt_when_training(run_folder: Path) -> None:
+    """Send this process what Ctrl-C sends, once the run has logged a step."""
+    deadline = time.time() + 300
+    while time.time() < deadline and not (run_folder / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_continues_at_another_size_and_sees_each_sample_once(
+    ray_session: None, index: ShardIndex, tmp_path: Path
+) -> None:
+    plan = toy.toy_plan(
+        tmp_path, index, num_workers=2, total_steps=400, checkpoint_every=1000, validate_every=0, log_every=5
+    )
+    threading.Thread(target=interrupt_when_training, args=(tmp_path,), daemon=True).start()
+    first = run(plan)
+    assert first["interrupted"]
+    assert first["world_size"] == 2
+    assert 0 < first["step"] < 400
+    stopped = latest_checkpoint(tmp_path, class_names=plan.class_names)
+    assert stopped is not None
+    assert stopped.progress.num_consumed == first["samples_seen"] == 4 * first["step"]
+
+    plan = toy.toy_plan(
+        tmp_path, index, num_workers=1, total_steps=first["step"] + 21, engine="torch", validate_every=0
+    )
+    second = run(plan)
+    assert (second["world_size"], second["steps_made"], second["interrupted"]) == (1, 21, False)
+    done = latest_checkpoint(tmp_path, class_names=plan.class_names)
+    assert done is not None
+    assert done.engine.num_updates == plan.total_steps
+    # Progress refuses a pair that comes twice, so what remains to be shown is that the set is the specified one.
+    assert consumed(done.progress) == specified(index, plan.total_samples)
+    assert second["val_miou"] is not None
+    assert [line["step"] for line in read_metrics(tmp_path)] == sorted(line["step"] for line in read_metrics(tmp_path))
+
+    third = run(plan)  # complete: returns without starting anything
+    assert third["steps_made"] == 0
+    assert third["last_checkpoint"] == second["last_checkpoint"]
+
+
+def consumed(progress: toy.Progress) -> set[tuple[int, int]]:
+    finished = {(e, n) for e in range(progress.finished_epochs) for n in range(progress.num_samples)}
+    return finished | {(e, int(n)) for e, bits in progress.open_epochs.items() for n in np.flatnonzero(bits)}
+
+
+def specified(index: ShardIndex, num_samples: int) -> set[tuple[int, int]]:
+    sizes = [shard.num_samples for shard in index.shards]
+    items = remaining_items(sizes, seed=0, num_samples=num_samples, finished_epochs=0, open_epochs={})
+    return {(item.epoch, int(shard_offsets(sizes)[item.shard] + row)) for item in items for row in item.rows}
+
+
+def test_a_worker_error_reaches_the_caller_as_it_is(ray_session: None, index: ShardIndex, tmp_path: Path) -> None:
+    plan = toy.toy_plan(tmp_path, index, precision="fp16", engine="torch")
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        run(plan)

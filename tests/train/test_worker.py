@@ -1,0 +1,159 @@
+"""The loop of one process, without Ray: what it trains, writes, refuses, and that stopping changes nothing."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfa.data.shards import ShardIndex
+from dfa.data.stream import Batch
+from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
+from dfa.train.objective import LossPart, NonFiniteLossError
+from dfa.train.plan import LoopPlan, derive_resources
+from dfa.train.progress import Progress
+from dfa.train.record import read_metrics
+from dfa.train.worker import STOP_NAME, Trainer
+from tests.train.toy import ToyObjective, local_batches, toy_plan, write_toy_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_toy_shards(tmp_path_factory.mktemp("shards") / "toy", num_samples=20, samples_per_shard=7)
+
+
+def train(plan: LoopPlan, index: ShardIndex, batches: Any = None) -> dict[str, Any]:
+    checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+    progress = Progress(plan.num_samples) if checkpoint is None else checkpoint.progress
+    trainer = Trainer(plan, device=CPU, checkpoint=checkpoint)
+    return trainer.train(batches or local_batches(plan, index, progress), report=lambda _: None)
+
+
+def weights(plan: LoopPlan) -> dict[str, Tensor]:
+    checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+    assert checkpoint is not None
+    return checkpoint.engine.weights
+
+
+def stopping_after(batches: Iterator[Batch], run: Path, number: int) -> Iterator[Batch]:
+    for i, batch in enumerate(batches):
+        if i == number:
+            (run / STOP_NAME).touch()
+        yield batch
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, index: ShardIndex, engine: str) -> None:
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    whole = toy_plan(tmp_path / "whole", index, engine=engine)
+    result = train(whole, index)
+    assert (result["step"], result["samples_seen"], result["interrupted"]) == (12, 48, False)
+    parts = toy_plan(tmp_path / "parts", index, engine=engine)
+    run = tmp_path / "parts"
+    for number in (3, 11):
+        checkpoint = latest_checkpoint(run, class_names=parts.class_names)
+        progress = Progress(20) if checkpoint is None else checkpoint.progress
+        stopped = train(parts, index, stopping_after(local_batches(parts, index, progress), run, number))
+        assert stopped["interrupted"]
+        (run / STOP_NAME).unlink()
+    assert train(parts, index)["step"] == 12
+    for name, want in weights(whole).items():
+        assert torch.equal(weights(parts)[name], want), name
+    same = [
+        [line["loss"] for line in read_metrics(tmp_path / n) if line["kind"] == "train"][-1] for n in ("whole", "parts")
+    ]
+    assert same[0] == same[1]
+
+
+def test_a_crash_goes_back_to_the_checkpoint_and_ends_equal(tmp_path: Path, index: ShardIndex) -> None:
+    whole, crashed = (toy_plan(tmp_path / name, index, engine="torch") for name in ("whole", "crashed"))
+    train(whole, index)
+
+    def crashing() -> Iterator[Batch]:
+        for i, batch in enumerate(local_batches(crashed, index, Progress(20))):
+            if i == 15:
+                raise OSError("power cut")
+            yield batch
+
+    with pytest.raises(OSError, match="power cut"):
+        train(crashed, index, crashing())
+    folder = Path(crashed.run_folder)
+    assert read_metrics(folder)[-1]["step"] == 6
+    train(crashed, index)
+    for name, want in weights(whole).items():
+        assert torch.equal(weights(crashed)[name], want), name
+    steps = [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
+    assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_run_folder_tells_the_run(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path, index, engine="torch")
+    result = train(plan, index)
+    lines = read_metrics(tmp_path)
+    assert {line["kind"] for line in lines} == {"train", "val", "checkpoint"}
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [6, 12]
+    assert lines[0].keys() >= {
+        "loss",
+        "label",
+        "size",
+        "images_per_s",
+        "data_wait",
+        "grad_norm",
+        "samples_seen",
+        "epoch",
+    }
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert result["best_val_miou"] >= result["val_miou"] >= 0
+    assert len(list_checkpoints(tmp_path)) <= plan.keep_last + 1
+
+
+class Poisoned(ToyObjective):
+    def forward(self, batch: Batch) -> list[LossPart]:
+        parts = super().forward(batch)
+        if "k0004" in batch.keys:
+            parts[0] = replace(parts[0], total=parts[0].total * float("nan"))
+        return parts
+
+
+def test_a_nan_loss_stops_before_the_update_and_names_the_batch(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path, index, engine="torch", checkpoint_every=1, make_objective=lambda _: Poisoned(3))
+    with pytest.raises(NonFiniteLossError, match=r"parts \['label'\] of keys \[.*'k0004'"):
+        train(plan, index)
+    assert all(torch.isfinite(w).all() for w in weights(plan).values())
+
+
+def test_a_short_stream_is_an_error(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path, index, engine="torch")
+    batches = local_batches(plan, index, Progress(20))
+    with pytest.raises(RuntimeError, match="the stream ended after 8 of 48 samples"):
+        train(plan, index, iter([next(batches) for _ in range(4)]))
+
+
+def test_another_model_or_data_set_is_refused(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path, index, engine="torch")
+    train(plan, index)
+    with pytest.raises(ValueError, match="another model \\(kind: saved 'toy', now 'large'\\)"):
+        train(replace(plan, model_description={"kind": "large"}), index)
+    with pytest.raises(ValueError, match="counts 20 samples an epoch, the data set has 21"):
+        train(replace(plan, num_samples=21), index)
+
+
+def test_plans_that_do_not_fit_are_refused_with_the_numbers(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path, index)
+    with pytest.raises(ValueError, match=r"global_batch 4 is not a multiple of micro_batch 2 x 3 workers = 6"):
+        replace(plan, num_workers=3)
+    with pytest.raises(ValueError, match=r"2 workers with a GPU each, the cluster has 1 GPUs"):
+        derive_resources(replace(plan, num_workers=2, use_gpu=True), num_cpus=8, num_gpus=1)
+    with pytest.raises(ValueError, match=r"8 workers do not fit on 2 CPUs .* use at most 5 workers"):
+        derive_resources(replace(plan, num_workers=8, global_batch=16), num_cpus=2, num_gpus=0)
+    for cpus in (1, 2, 4, 16, 64):
+        for workers in (1, 2):
+            r = derive_resources(replace(plan, num_workers=workers), num_cpus=cpus, num_gpus=0)
+            assert r.worker_cpus * workers + r.read_cpus * min(r.max_readers, 4) <= cpus
+            assert r.threads * workers <= max(cpus, workers)
