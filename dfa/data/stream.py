@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -183,7 +183,7 @@ def iterate(shard: ray.data.DataIterator | ray.data.Dataset, *, batch_size: int,
     for columns in shard.iter_batches(
         batch_size=batch_size, batch_format="numpy", prefetch_batches=prefetch, drop_last=False
     ):
-        yield to_batch(columns)
+        yield to_batch(cast(Mapping[str, Array], columns))
 
 
 def to_batch(columns: Mapping[str, Array]) -> Batch:

@@ -24,6 +24,7 @@ class LossScale:
         self._num_good = 0
 
     def update(self, norm: float) -> None:
+        """Take note of a step's gradient norm; NonFiniteLossError where there is no scale to blame."""
         finite = norm == norm and norm != float("inf")
         if not finite and not self.dynamic:
             raise NonFiniteLossError(f"the gradient norm is {norm} with a finite loss, stopped before the update")
@@ -37,13 +38,15 @@ class LossScale:
 
 
 def make_optimizer(objective: Objective, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the objective's groups; a ValueError if a registered parameter is in none or in two."""
     groups = objective.parameter_groups()
     grouped = [id(p) for group in groups for p in group.parameters]
     known = {id(p): name for name, p in objective.named_parameters()}
     missing = [name for key, name in known.items() if key not in set(grouped)]
     if missing or len(grouped) != len(set(grouped)) or set(grouped) - set(known):
         raise ValueError(
-            f"every registered parameter must be in exactly one group; missing {missing}, {len(grouped)} grouped of {len(known)}"
+            f"every registered parameter must be in exactly one group; missing {missing}, "
+            f"{len(grouped)} grouped of {len(known)}"
         )
     options = [
         {"params": list(g.parameters), "weight_decay": g.weight_decay, "scale": g.learning_rate_scale, "lr": 0.0}
@@ -54,13 +57,13 @@ def make_optimizer(objective: Objective, settings: OptimizerSettings) -> torch.o
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], base: float, factor: float) -> None:
+    """Learning rate of every group = base x its scale x factor."""
     for group in groups:
         group["lr"] = base * group["scale"] * factor
 
 
 def cpu_weights(objective: Objective, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of the objective, parameters replaced by their float32 originals, on the CPU and independent of
-    training memory."""
+    """State dict of the objective with `parameters` (float32 originals) put in, copied to the CPU."""
     weights = {**objective.state_dict(), **parameters}
     return {
         k: v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype, copy=True)
@@ -69,13 +72,15 @@ def cpu_weights(objective: Objective, parameters: dict[str, Tensor]) -> dict[str
 
 
 def check_names(objective: Objective, state: EngineState) -> None:
+    """Raise a ValueError that names the first entry whose name or shape differs between state and model."""
     want = {k: tuple(v.shape) for k, v in objective.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.weights.items()}
     if want != have:
         differ = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
         first = differ[0]
         raise ValueError(
-            f"the saved state does not fit this model: {len(differ)} entries differ, first {first!r}: saved {have.get(first)}, model {want.get(first)}"
+            f"the saved state does not fit this model: {len(differ)} entries differ, first {first!r}: "
+            f"saved {have.get(first)}, model {want.get(first)}"
         )
 
 

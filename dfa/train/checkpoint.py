@@ -190,7 +190,8 @@ def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) ->
         return
     if len(saved) != len(wanted):
         raise ValueError(
-            f"{where} has {len(saved)} foreground classes ({', '.join(saved)}), this run has {len(wanted)} ({', '.join(wanted)})"
+            f"{where} has {len(saved)} foreground classes ({', '.join(saved)}), "
+            f"this run has {len(wanted)} ({', '.join(wanted)})"
         )
     number, (old, new) = next(
         (i, pair) for i, pair in enumerate(zip(saved, wanted, strict=True), 1) if pair[0] != pair[1]

@@ -343,13 +343,13 @@ def _ensure_process_group(device: torch.device) -> None:
     """DeepSpeed needs a process group even for one process; a file store needs no network."""
     if dist.is_initialized():
         return
-    store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="dfa-store-"), "store"), 1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    address = "file://" + os.path.join(tempfile.mkdtemp(prefix="dfa-store-"), "store")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import deepspeed quietly; on a CPU without its shared-memory kernel, whose compilation takes a minute at
-    first use."""
+    """Import deepspeed quietly; on a CPU without its shared-memory kernel, which takes a minute to compile."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import ray
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -142,9 +143,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line per rank and report otherwise
     torch.set_num_threads(resources.threads)
     checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
-    batches = _started(
-        iterate(ray.train.get_dataset_shard("train"), batch_size=plan.micro_batch, prefetch=plan.prefetch)
-    )
+    shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard("train"))
+    batches = _started(iterate(shard, batch_size=plan.micro_batch, prefetch=plan.prefetch))
     trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint)
     logger.info("model and optimizer are ready, waiting for the first batch")
     ready = time.time()

@@ -93,7 +93,8 @@ class LoopPlan:
         one_pass = self.micro_batch * num_workers
         if self.global_batch % one_pass:
             raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x {num_workers} workers = {one_pass}"
+                f"global_batch {self.global_batch} is not a multiple of "
+                f"micro_batch {self.micro_batch} x {num_workers} workers = {one_pass}"
             )
         return self.global_batch // one_pass
 
@@ -115,8 +116,8 @@ def derive_resources(plan: LoopPlan, *, num_cpus: float, num_gpus: float) -> Res
     worker_cpus = min(1.0, num_cpus / 2 / workers)
     if worker_cpus < _MIN_WORKER_CPUS:
         raise ValueError(
-            f"{workers} workers do not fit on {num_cpus:g} CPUs (at least {_MIN_WORKER_CPUS} of the first half of the CPUs each); "
-            f"use at most {max(1, int(num_cpus / 2 / _MIN_WORKER_CPUS))} workers"
+            f"{workers} workers do not fit on {num_cpus:g} CPUs "
+            f"(at least {_MIN_WORKER_CPUS} of the first half of the CPUs each); use at most {max(1, int(num_cpus / 2 / _MIN_WORKER_CPUS))} workers"
         )
     left = num_cpus - worker_cpus * workers
     read_cpus = min(1.0, left / 4)

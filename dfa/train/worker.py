@@ -61,7 +61,8 @@ class Trainer:
             raise ValueError(f"{checkpoint.folder} was trained with another model ({pairs}); use another run folder")
         if checkpoint.progress.num_samples != self.plan.num_samples:
             raise ValueError(
-                f"{checkpoint.folder} counts {checkpoint.progress.num_samples} samples an epoch, the data set has {self.plan.num_samples}"
+                f"{checkpoint.folder} counts {checkpoint.progress.num_samples} samples an epoch, "
+                f"the data set has {self.plan.num_samples}"
             )
         self.engine.load(checkpoint.engine)
         self.step, self.samples_seen, self.num_rejected = info.step, info.samples_seen, info.num_rejected

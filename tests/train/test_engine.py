@@ -16,7 +16,7 @@ from tests.train.toy import SETTINGS, ToyObjective, toy_batch
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 8
-# fp32 sums in another order (ranks, micro-batches, partitions): a few units in the last place per step, weights are about 0.1
+# fp32 sums in another order (ranks, micro-batches, partitions): a few units in the last place per step
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -127,7 +127,7 @@ def test_bf16_stays_close_and_keeps_fp32_weights(reference: Any) -> None:
         train(engine, range(6))
         weights = engine.state().weights
         assert all(w.dtype == torch.float32 for w in weights.values())
-        # bf16 has 8 bits: activations are off by up to 0.4 %, and Adam moves a weight by at most about 6 x 0.1 in six steps
+        # bf16 has 8 bits: activations are off by up to 0.4 %; Adam moves a weight by at most 6 x 0.1 in six steps
         for name, w in weights.items():
             assert (w - reference[0].weights[name]).abs().max() < 0.1, name
         assert not all(torch.equal(w, reference[0].weights[n]) for n, w in weights.items())

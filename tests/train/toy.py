@@ -20,7 +20,7 @@ from dfa.train.objective import LossPart, Objective, OptimizerSettings, Paramete
 from dfa.train.plan import LoopPlan, Resources
 from dfa.train.progress import Progress
 
-# Adam divides by the gradient's own size: with the usual epsilon 1e-8, rounding decides the step of a weight whose gradient cancels.
+# Adam divides by the gradient's own size: with the usual epsilon 1e-8, rounding decides where a gradient cancels.
 SETTINGS = OptimizerSettings(learning_rate=1e-2, beta1=0.9, beta2=0.999, epsilon=1e-4, gradient_clip=0.5)
 
 

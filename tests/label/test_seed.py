@@ -1,0 +1,122 @@
+import numpy as np
+import ot
+import pytest
+import torch
+
+from dfa.label.seed import Affinities, SeedSettings, column_mask, make_seeds
+
+DEFAULTS = {
+    "generator": "transport",
+    "scale": 5.0,
+    "propagation": 1,
+    "lambda_low": 1.0,
+    "lambda_high": 0.1,
+    "form": "propagate",
+    "columns": "prompts",
+    "constant": 0.5,
+    "marginal": "softmax_mean",
+    "marginal_temperature": 0.5,
+    "epsilon": 0.1,
+    "max_iterations": 200,
+    "tolerance": 1e-6,
+}
+
+
+def settings(**changes):
+    return SeedSettings(**{**DEFAULTS, **changes})
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.rand(2, 12, 7, generator=generator) * 2 - 1
+    labels = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)  # 4 classes, 3 background prompts
+
+    def doubly_stochastic():
+        weight = torch.rand(2, 12, 12, generator=generator) + 0.05
+        for _ in range(60):
+            weight = weight / weight.sum(-1, keepdim=True)
+            weight = weight / weight.sum(-2, keepdim=True)
+        return 0.5 * (weight + weight.mT)
+
+    affinities = Affinities(doubly_stochastic(), doubly_stochastic(), torch.rand(2, 12, generator=generator))
+    return similarity, labels, affinities
+
+
+def _scores(similarity, columns, scale):
+    logit = scale * similarity[:, columns].astype(np.float64)
+    share = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
+    return share / share.max(0)
+
+
+def _min_max(values):
+    return (values - values.min(0)) / (values.max(0) - values.min(0))
+
+
+def test_transport_seeds_equal_an_independent_solution(problem):
+    similarity, labels, affinities = problem
+    seeds = make_seeds(similarity, labels, affinities, settings())
+    for b in range(2):
+        present = [k for k in range(4) if labels[b, k]]
+        columns = [*present, 4, 5, 6]
+        score = _scores(similarity[b].numpy(), columns, 5.0)
+        low, high = affinities.low_BNN[b].double().numpy(), affinities.high_BNN[b].double().numpy()
+        scoring = _min_max(low @ score) + 0.1 * _min_max(high @ score)
+        x = score.mean(0) / 0.5
+        marginal = np.exp(x) / np.exp(x).sum()
+        plan = ot.sinkhorn(np.full(12, 1 / 12), marginal, -scoring, 0.1, stopThr=1e-12, numItermax=100_000)
+        cam = plan / plan.max(0)
+        # fp32 against fp64, and a marginal error of 1e-6
+        assert np.allclose(seeds.cam_BNC[b][:, present].numpy(), cam[:, : len(present)], atol=2e-4)
+        assert np.allclose(seeds.background_BN[b].numpy(), cam[:, len(present) :].max(1), atol=2e-4)
+
+
+def test_absent_classes_are_zero_and_present_ones_reach_one(problem):
+    similarity, labels, affinities = problem
+    for generator in ("similarity", "affinity", "elementwise", "transport"):
+        cam = make_seeds(similarity, labels, affinities, settings(generator=generator)).cam_BNC
+        assert (cam.amax(1)[labels] == 1).all(), generator
+        assert (cam.amax(1)[~labels] == 0).all(), generator
+
+
+def test_an_image_of_one_class_does_not_get_a_cam_of_one_everywhere(problem):
+    similarity, labels, affinities = problem
+    cam = make_seeds(similarity, labels, affinities, settings()).cam_BNC[1, :, 1]
+    assert cam.min() < 0.7
+
+
+def test_affinity_seeds_equal_a_slow_loop(problem):
+    similarity, labels, affinities = problem
+    cam = make_seeds(similarity, labels, affinities, settings(generator="affinity", propagation=2)).cam_BNC
+    low, score = affinities.low_BNN[0].double().numpy(), _scores(similarity[0].numpy(), [0, 2, 4, 5, 6], 5.0)
+    expected = _min_max(low @ (low @ score))[:, :2]
+    assert np.allclose(cam[0][:, [0, 2]].numpy(), expected, atol=1e-5)  # fp32
+
+
+def test_similarity_seeds_need_no_affinity_and_others_say_so(problem):
+    similarity, labels, _ = problem
+    make_seeds(similarity, labels, None, settings(generator="similarity"))
+    with pytest.raises(ValueError, match="needs affinities"):
+        make_seeds(similarity, labels, None, settings())
+
+
+def test_a_bank_without_background_prompts_is_refused(problem):
+    similarity, labels, affinities = problem
+    with pytest.raises(ValueError, match="leave none for the background"):
+        make_seeds(similarity[:, :, :4], labels, affinities, settings())
+
+
+def test_a_constant_column_takes_all_the_background_s_mass(problem):
+    similarity, labels, affinities = problem
+    near_zero, near_one = (
+        make_seeds(similarity, labels, affinities, settings(columns="constant", constant=level, marginal="uniform"))
+        for level in (0.01, 0.99)
+    )
+    # A column that is constant over patches pays the same everywhere: its level changes no plan of fixed marginals.
+    assert torch.allclose(near_zero.cam_BNC, near_one.cam_BNC, atol=1e-3)
+    assert near_zero.background_BN.shape == (2, 12)
+
+
+def test_the_column_mask_has_the_image_s_classes_and_every_prompt():
+    mask = column_mask(torch.tensor([[True, False]]), 5)
+    assert mask.tolist() == [[True, False, True, True, True]]

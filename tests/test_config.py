@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from dfa import config
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in config.CONF.glob("*.yaml") if "classes" not in path.stem))
+def test_every_configuration_in_conf_loads(name):
+    loaded = config.load(name)
+    assert loaded.name == name
+    json.dumps(config.to_dict(loaded))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "num_background"), [("classes_voc", 20, 25), ("classes_coco", 80, 23), ("classes_world", 10, 6)]
+)
+def test_class_lists_have_the_published_sizes(name, num_classes, num_background):
+    classes = config.class_set(name)
+    assert (len(classes.names), len(classes.background)) == (num_classes, num_background)
+
+
+def test_overrides_beat_the_file_and_the_file_beats_the_defaults():
+    assert config.load("").train.steps == 30_000
+    assert config.load("coco_dfa").train.steps == 80_000
+    assert config.load("coco_dfa", ["train.steps=7", "evaluate.scales=[1.0]"]).train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=5", r"unknown key 'train.stpes'; did you mean 'train.steps'"),
+        ("trian.steps=5", r"did you mean 'train.steps'"),
+        ("train.steps", r"not of the form"),
+        ("train.steps=many", r"override train.steps"),
+        ("train.steps=0", r"train.steps is 0, allowed is 1 to"),
+        ("clip.similarity=surgry", r"allowed are \['raw', 'value', 'surgery'\]; did you mean 'surgery'"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_allowed(override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load("demo", [override])
+
+
+def test_a_typo_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("crop:\n  siez: 64\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: unknown key 'crop.siez'; did you mean 'crop.size'"):
+        config.load(str(path))
+
+
+def test_an_unknown_configuration_lists_the_known_ones():
+    with pytest.raises(ValueError, match="conf/ has .*demo"):
+        config.load("dmeo")
+
+
+def test_broken_yaml_and_broken_class_lists_name_their_file(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken.yaml: not readable as YAML"):
+        config.load(str(broken))
+    classes = tmp_path / "classes.yaml"
+    classes.write_text("names: [cat, cat]\ntemplates: ['{}']\n")
+    with pytest.raises(ValueError, match=r"classes.yaml"):
+        config.class_set(str(classes))
+
+
+def test_the_digest_depends_on_every_field():
+    first, second = config.load("demo"), config.load("demo", ["cam.threshold=0.41"])
+    assert config.digest(first) == config.digest(config.load("demo")) != config.digest(second)
