@@ -45,10 +45,10 @@ def work(config: Config) -> Result:
 def _shares(tally: Tally, class_names: tuple[str, ...]) -> Result:
     """Shares of all labelled pixels, in [0, 1]."""
     total = max(1, int(tally.pixels_C.sum()) + tally.void_pixels)
-    share = (tally.pixels_C / total).round(5).tolist()
+    shares = [round(int(pixels) / total, 5) for pixels in tally.pixels_C]
     return {
         "void_share": round(tally.void_pixels / total, 5),
-        "pixel_share": dict(zip(("background", *class_names), share, strict=True)),
+        "pixel_share": dict(zip(("background", *class_names), shares, strict=True)),
     }
 
 

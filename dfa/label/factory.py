@@ -168,8 +168,8 @@ def derive_slots(*, num_cpus: float, num_gpus: float, use_gpu: bool) -> Slots:
     cpus = min(1.0, num_cpus / slots)
     num_scorers = int(num_gpus) if use_gpu else slots
     # Where GPUs outnumber the CPUs, scorers still take no more than their share.
-    scorer_cpus = round(_SCORER_SHARE * cpus * min(1.0, slots / num_scorers), 3)
-    crf_cpus = round((1 - _SCORER_SHARE) * cpus, 3)
+    scorer_cpus = int(1000 * _SCORER_SHARE * cpus * min(1.0, slots / num_scorers)) / 1000
+    crf_cpus = int(1000 * (1 - _SCORER_SHARE) * cpus) / 1000
     return Slots(num_scorers, scorer_cpus, 1.0 if use_gpu else 0.0, crf_cpus, window=2 * (num_scorers + slots))
 
 

@@ -199,10 +199,8 @@ def pseudo_labels(
         foreground = to_grid(gather_present(cam_BNC.float(), class_BM), grid)
         prompt = None if prompt_BN is None else to_grid(prompt_BN.float().unsqueeze(2), grid).squeeze(1)
         scores = torch.cat([background_score(foreground, prompt, settings), foreground], dim=1)
-        if settings.refine is None:
-            scores = to_pixels(scores, size)
-        else:
-            scores = refine_with(image_B3HW, scores, settings.refine)
+        refine = settings.refine
+        scores = to_pixels(scores, size) if refine is None else refine_with(image_B3HW, scores, refine)
         unused = functional.pad(class_BM == 0, (1, 0))
         scores = scores.masked_fill(unused[:, :, None, None], -1)
         mask = label_scores(scores, class_BM, band=settings.band, valid_BHW=valid_BHW, void=settings.void)

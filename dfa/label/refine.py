@@ -75,7 +75,8 @@ def pixel_adaptive_refine(
         dilations: distances of the neighbours, in pixels of the working resolution.
         iterations: T; 0 resizes only.
         colour_scale, position_scale, position_weight: w1, w2, w3.
-        stride: work on ``ceil(H / stride) x ceil(W / stride)`` pixels; the cost falls with its square.
+        stride: work on ``ceil(H / stride) x ceil(W / stride)`` pixels; the cost falls with its square. The affinity
+            takes ``32 * len(dilations) * B`` bytes for each of these pixels.
 
     Returns:
         (B, K, H, W) float32 without gradient, computed in fp32 also under autocast.
@@ -94,10 +95,7 @@ def pixel_adaptive_refine(
         image = image_B3HW.float() / 255 if image_B3HW.dtype == torch.uint8 else image_B3HW.float()
         image, refined = _resize(image, size), _resize(map_BKHW.float(), size)
         if iterations and refined.numel():
-            # One image at a time on a CPU: its affinity (32 floats a pixel) is what fills the memory traffic.
-            chunk = 1 if image.device.type == "cpu" else len(image)
-            chunks = zip(image.split(chunk), refined.split(chunk), strict=True)
-            refined = torch.cat([_propagate(_affinity(i, settings), m, settings) for i, m in chunks])
+            refined = _propagate(_affinity(image, settings), refined, settings)
         return _resize(refined, (height, width))
 
 
@@ -135,7 +133,7 @@ def _pad(map_BKHW: Tensor, margin: int) -> Tensor:
 def _shifted(padded: Tensor, offset: tuple[int, int], margin: int, rows: slice) -> Tensor:
     """The view of a map padded by ``margin`` that holds, for every pixel i of ``rows``, its neighbour ``i + offset``."""
     top, left = margin + offset[0], margin + offset[1]
-    return padded[..., top + rows.start : top + rows.stop, left : left + padded.shape[-1] - 2 * margin]
+    return padded[..., top + 0 : top + rows.stop, left : left + padded.shape[-1] - 2 * margin]
 
 
 def _affinity(image_B3HW: Tensor, settings: RefineSettings) -> Tensor:
@@ -144,13 +142,18 @@ def _affinity(image_B3HW: Tensor, settings: RefineSettings) -> Tensor:
     padded = _pad(image_B3HW, margin)
     height, width = image_B3HW.shape[2:]
     kappa = image_B3HW.new_empty(len(offsets), len(image_B3HW), 1, height, width)
-    for rows in _bands(image_B3HW):
+    bands = _bands(image_B3HW)
+    for rows in bands:
         neighbours = [_shifted(padded, offset, margin, rows) for offset in offsets]
-        _fill_affinity(kappa[..., rows, :], image_B3HW[..., rows, :], neighbours, settings)
+        _colour_logits(kappa[..., rows, :], image_B3HW[..., rows, :], neighbours, settings)
+    kappa.exp_()  # all at once: torch starts threads for an exponential of any size
+    for rows in bands:
+        _normalise(kappa[..., rows, :], settings)
     return kappa
 
 
-def _fill_affinity(kappa: Tensor, centre_B3HW: Tensor, neighbours: list[Tensor], settings: RefineSettings) -> None:
+def _colour_logits(out: Tensor, centre_B3HW: Tensor, neighbours: list[Tensor], settings: RefineSettings) -> None:
+    """kappa_rgb less its greatest value over the neighbours, so that its exponential cannot vanish everywhere."""
     # Moments of the differences, not of the colours: exact zeros on flat areas, no cancellation of large means.
     total, squares = torch.zeros_like(centre_B3HW), torch.zeros_like(centre_B3HW)
     for neighbour in neighbours:
@@ -159,15 +162,21 @@ def _fill_affinity(kappa: Tensor, centre_B3HW: Tensor, neighbours: list[Tensor],
         squares.addcmul_(difference, difference)
     variance = (squares / len(neighbours) - (total / len(neighbours)) ** 2).clamp_min_(_MIN_STD**2)
     inverse = (1 / (settings.colour_scale * 3**0.5)) * variance.rsqrt_()
-    for out, neighbour in zip(kappa, neighbours, strict=True):
+    for ratio, neighbour in zip(out, neighbours, strict=True):
         difference = (neighbour - centre_B3HW).mul_(inverse)
-        torch.sum(difference.square_(), dim=1, keepdim=True, out=out)
-    least = kappa[0].clone()
-    for distance in kappa[1:]:
-        torch.minimum(least, distance, out=least)
-    normaliser = torch.zeros_like(least)
+        torch.sum(difference.square_(), dim=1, keepdim=True, out=ratio)
+    least = out[0].clone()
+    for ratio in out[1:]:
+        torch.minimum(least, ratio, out=least)
+    for ratio in out:
+        torch.sub(least, ratio, out=ratio)
+
+
+def _normalise(kappa: Tensor, settings: RefineSettings) -> None:
+    """Exponentials to weights, in place: the colours' softmax and the position term, summing to one together."""
+    normaliser = torch.zeros_like(kappa[0])
     for weight in kappa:
-        normaliser += torch.sub(least, weight, out=weight).exp_()
+        normaliser += weight
     normaliser.mul_(1 + settings.position_weight).reciprocal_()
     share = settings.position_weight / (1 + settings.position_weight)
     for weight, position in zip(kappa, _position_softmax(settings).tolist(), strict=True):

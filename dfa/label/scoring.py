@@ -140,10 +140,9 @@ def label_image(
     ids_K = np.asarray(scores.class_ids, np.uint8)
     argmax_HW = ids_K[scores.score_KHW.argmax(0)]  # ties go to the background, then to the lower class
     unary_KHW = scores.score_KHW if settings.sharpness == 1 else scores.score_KHW**settings.sharpness
-    if settings.crf is None:
-        probability_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
-    else:
-        probability_KHW = dense_crf(image_HW3, unary_KHW, settings.crf)
+    probability_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
+    if settings.crf is not None:
+        probability_KHW = dense_crf(image_HW3, probability_KHW, settings.crf)
     mask_HW, best_HW = ids_K[probability_KHW.argmax(0)], probability_KHW.max(0)
     confusions = _confusions(scores, argmax_HW, mask_HW, truth_HW, settings)
     final_HW = np.where(best_HW < settings.min_confidence, np.uint8(VOID), mask_HW)

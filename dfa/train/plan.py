@@ -117,7 +117,8 @@ def derive_resources(plan: LoopPlan, *, num_cpus: float, num_gpus: float) -> Res
     if worker_cpus < _MIN_WORKER_CPUS:
         raise ValueError(
             f"{workers} workers do not fit on {num_cpus:g} CPUs "
-            f"(at least {_MIN_WORKER_CPUS} of the first half of the CPUs each); use at most {max(1, int(num_cpus / 2 / _MIN_WORKER_CPUS))} workers"
+            f"(each needs {_MIN_WORKER_CPUS} of one half of them); "
+            f"use at most {max(1, int(num_cpus / 2 / _MIN_WORKER_CPUS))} workers"
         )
     left = num_cpus - worker_cpus * workers
     read_cpus = min(1.0, left / 4)

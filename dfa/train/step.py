@@ -98,10 +98,11 @@ class TrainStep(Objective):
         visible_BN = patch_labels(batch.valid_BHW, features.grid).flatten(1)
         return [
             *_segmentation_parts(outputs.logits_BChw, labels.mask_BHW),
-            *self._affinity_parts(outputs, labels.patch_Bhw.flatten(1), visible_BN),
+            *self.affinity_parts(outputs, labels.patch_Bhw.flatten(1), visible_BN),
         ]
 
-    def _affinity_parts(self, outputs: Outputs, label_BN: Tensor, visible_BN: Tensor) -> list[LossPart]:
+    def affinity_parts(self, outputs: Outputs, label_BN: Tensor, visible_BN: Tensor) -> list[LossPart]:
+        """Alignment and rectification (METHOD 1.6-1.12); visible_BN is False where a patch is padding."""
         settings = self.settings
         low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), mu=settings.mu, mu_as=settings.mu_as)
         teacher_BNN = relations(low_BDhw.flatten(2), gain=settings.relation_gain)

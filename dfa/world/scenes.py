@@ -236,7 +236,7 @@ def _window(centre: np.ndarray, reach: float, size: int) -> tuple[slice, slice]:
 
 def _place(name: str, rng: np.random.Generator, size: int) -> _Placed:
     body, pattern, offset, part_radius = _OBJECTS[name]
-    radius, angle = rng.uniform(19.0, 34.0), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(22.0, 38.0), rng.uniform(0, 2 * np.pi)
     stretch = rng.uniform(0.88, 1.12)
     centre = rng.uniform(radius * 0.75, size - radius * 0.75, 2)
     rows, columns = _window(centre, radius * 1.25, size)

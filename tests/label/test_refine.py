@@ -126,6 +126,14 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(cast, plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("serial_elements", [1, 100, 150])
+def test_working_in_bands_of_rows_changes_nothing(serial_elements, monkeypatch):
+    image, maps = random_case(10)
+    whole = pixel_adaptive_refine(image, maps, **SETTINGS)
+    monkeypatch.setattr("dfa.label.refine._SERIAL_ELEMENTS", serial_elements)  # bands of 1, 2 and 3 of the nine rows
+    torch.testing.assert_close(pixel_adaptive_refine(image, maps, **SETTINGS), whole, rtol=0, atol=1e-6)
+
+
 def test_images_of_a_batch_do_not_touch_each_other():
     image, maps = random_case(6)
     alone = [pixel_adaptive_refine(image[i : i + 1], maps[i : i + 1], **SETTINGS) for i in range(2)]

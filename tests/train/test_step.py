@@ -40,7 +40,9 @@ def total(parts):
 def test_the_frozen_clip_is_neither_trained_nor_saved():
     step = make_step()
     grouped = [parameter for group in step.parameter_groups() for parameter in group.parameters]
-    assert {id(p) for p in grouped} == {id(p) for p in step.parameters()} and len(grouped) == len(list(step.parameters()))
+    assert {id(p) for p in grouped} == {id(p) for p in step.parameters()} and len(grouped) == len(
+        list(step.parameters())
+    )
     assert all(name.startswith("student.") for name in step.state_dict())
     before = {name: value.clone() for name, value in step.segmenter.clip.clip.state_dict().items()}
     total(step(make_batch())).backward()
@@ -91,7 +93,11 @@ def test_an_image_without_classes_is_all_background():
     step = make_step()
     batch = make_batch()
     only = dataclasses.replace(
-        batch, image_B3HW=batch.image_B3HW[2:], valid_BHW=batch.valid_BHW[2:], labels_BC=batch.labels_BC[2:], keys=("c",)
+        batch,
+        image_B3HW=batch.image_B3HW[2:],
+        valid_BHW=batch.valid_BHW[2:],
+        labels_BC=batch.labels_BC[2:],
+        keys=("c",),
     )
     parts = {part.name: part for part in step(only)}
     assert parts["segmentation_foreground"].count == 0 and parts["segmentation_background"].count == 48 * 40

@@ -51,10 +51,11 @@ def stopping_after(batches: Iterator[Batch], run: Path, number: int) -> Iterator
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, index: ShardIndex, engine: str) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
-    whole = toy_plan(tmp_path / "whole", index, engine=engine)
+    settings: dict[str, Any] = {"engine": engine, "make_objective": lambda _: ToyObjective(3, dropout=0.3)}
+    whole = toy_plan(tmp_path / "whole", index, **settings)
     result = train(whole, index)
     assert (result["step"], result["samples_seen"], result["interrupted"]) == (12, 48, False)
-    parts = toy_plan(tmp_path / "parts", index, engine=engine)
+    parts = toy_plan(tmp_path / "parts", index, **settings)
     run = tmp_path / "parts"
     for number in (3, 11):
         checkpoint = latest_checkpoint(run, class_names=parts.class_names)

@@ -27,11 +27,12 @@ SETTINGS = OptimizerSettings(learning_rate=1e-2, beta1=0.9, beta2=0.999, epsilon
 class ToyObjective(Objective):
     """Image labels spread over valid pixels; `unused` never gets a gradient, as a branch switched off would not."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_classes = num_classes + 1
         self.body = nn.Conv2d(3, 8, 3, padding=1)
         self.head = nn.Conv2d(8, num_classes + 1, 1)
+        self.dropout = nn.Dropout(dropout)
         self.unused = nn.Parameter(torch.ones(3))
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -41,7 +42,7 @@ class ToyObjective(Objective):
         ]
 
     def _logits(self, image_B3HW: Tensor) -> Tensor:
-        return self.head(torch.relu(self.body(image_B3HW.float() / 255 - 0.5)))
+        return self.head(self.dropout(torch.relu(self.body(image_B3HW.float() / 255 - 0.5))))
 
     def forward(self, batch: Batch) -> list[LossPart]:
         logits = self._logits(batch.image_B3HW)[:, 1:]

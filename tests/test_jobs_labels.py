@@ -1,0 +1,117 @@
+"""pseudo_label and evaluate on a few scenes with random weights: the numbers against torchmetrics on what they wrote."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from dfa import build
+from dfa.config import load
+from dfa.data import writer
+from dfa.data.shards import read_shard
+from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
+from dfa.train.objective import EngineState
+from dfa.world.folder import write_voc
+from jobs import evaluate, pseudo_label
+
+NUM_CLASSES = 11
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Six training and four validation scenes, a random CLIP and an untrained student as a checkpoint."""
+    root = tmp_path_factory.mktemp("labels")
+    paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
+    small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4"]
+    config = load("demo", ["clip.checkpoint=random", *paths, *small])
+    config.data.root = str(write_voc(root / "world", seed=1, num_train=6, num_val=4))
+    names = build.class_set(config).names
+    for split in ("train", "val"):
+        config.data.split, folder = split, getattr(config.shards, split)
+        plan = writer.plan_shards(
+            build.source(config), class_names=names, seed=0, shuffle=True, samples_per_shard=4, max_pixels=20_000
+        )
+        writer.write_plan(folder, plan)
+        for item in plan.items:
+            writer.write_shard(folder, item)
+        writer.finish(folder, plan, max_reject_share=0)
+    student = build.segmenter(config, torch.device("cpu")).student
+    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
+    info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
+    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    return config
+
+
+def _expected_miou(labels: Path, images: str) -> float:
+    """Mean IoU over classes of the ground truth, by torchmetrics' confusion matrix on the PNGs alone."""
+    metric = MulticlassConfusionMatrix(NUM_CLASSES, ignore_index=255)
+    for shard in sorted(labels.glob("*.tar")):
+        truths = {one.key: one.mask for one in read_shard(f"{images}/{shard.name}")}
+        for one in read_shard(str(shard)):
+            pair = (np.array(Image.open(io.BytesIO(data))) for data in (one.image, truths[one.key]))
+            metric.update(*(torch.from_numpy(mask.astype(np.int64)) for mask in pair))
+    confusion = metric.compute().double()
+    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
+    return float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_evaluate_reuses_the_labels_and_scores_them_exactly(config):
+    labelled = pseudo_label.work(config)
+    assert (labelled["num_images"], labelled["labelled_now"]) == (6, 6)
+    assert sum(labelled["pixel_share"].values()) + labelled["void_share"] == pytest.approx(1, abs=1e-4)  # rounded
+    written = {path: path.stat().st_mtime_ns for path in Path(labelled["labels"]).glob("*.tar")}
+    result = evaluate.work(config)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    run = Path(config.run)
+    assert json.loads((run / "evaluate.json").read_text()) == result
+    # Both are rounded to two decimals.
+    assert result["mask_miou"] == pytest.approx(_expected_miou(run / "labels/train", config.shards.train), abs=0.006)
+    assert result["val_miou"] == pytest.approx(_expected_miou(run / "predictions/val", config.shards.val), abs=0.006)
+    assert result["mask_miou"] == labelled["mask_miou"]
+    assert result["seed_miou"] == max(miou for _, miou in result["seed_curve"])
+    assert [result["seed_threshold"], result["seed_miou"]] in result["seed_curve"]
+    columns = [row["mask"] for row in result["per_class"].values() if row["mask"] is not None]
+    assert np.mean(columns) == pytest.approx(result["mask_miou"], abs=0.02)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_seed_of_the_factory_is_the_segmenters_own(config):
+    """The curve at the configured threshold, recomputed one image at a time."""
+    config.evaluate.parts = ["seed"]
+    try:
+        result = evaluate.work(config)
+    finally:
+        config.evaluate.parts = ["seed", "mask", "val"]
+    segmenter = build.trained_segmenter(config, torch.device("cpu"))
+    metric = MulticlassConfusionMatrix(NUM_CLASSES, ignore_index=255)
+    for shard in build.index(config, "train").shards:
+        for one in read_shard(f"{config.shards.train}/{shard.name}"):
+            image, truth = (
+                torch.from_numpy(np.array(Image.open(io.BytesIO(data))).astype(np.int64))
+                for data in (one.image, one.mask)
+            )
+            labels_BC = torch.zeros(1, NUM_CLASSES - 1, dtype=torch.bool)
+            labels_BC[0, [index - 1 for index in one.labels]] = True
+            seeds = segmenter.pixel_seeds(image.byte().permute(2, 0, 1)[None], labels_BC, scales=[1.0], flip=True)
+            best, slot = seeds.score_BMHW[0].max(0)
+            metric.update(torch.where(best > 0.4, torch.tensor(one.labels)[slot], 0), truth)
+    confusion = metric.compute().double()
+    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
+    expected = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+    # Rounding of batched against single products may move a pixel at the threshold: 1 of 75 000 is .01 % of a class.
+    assert dict(map(tuple, result["seed_curve"]))[0.4] == pytest.approx(expected, abs=0.05)
+
+
+def test_shards_without_masks_and_unknown_parts_are_refused(config):
+    config.evaluate.parts = ["sead"]
+    try:
+        with pytest.raises(ValueError, match=r"evaluate\.parts is \['sead'\]"):
+            evaluate.work(config)
+    finally:
+        config.evaluate.parts = ["seed", "mask", "val"]
