@@ -133,7 +133,7 @@ def _pad(map_BKHW: Tensor, margin: int) -> Tensor:
 def _shifted(padded: Tensor, offset: tuple[int, int], margin: int, rows: slice) -> Tensor:
     """The view of a map padded by ``margin`` that holds, for every pixel i of ``rows``, its neighbour ``i + offset``."""
     top, left = margin + offset[0], margin + offset[1]
-    return padded[..., top + 0 : top + rows.stop, left : left + padded.shape[-1] - 2 * margin]
+    return padded[..., top + rows.start : top + rows.stop, left : left + padded.shape[-1] - 2 * margin]
 
 
 def _affinity(image_B3HW: Tensor, settings: RefineSettings) -> Tensor:

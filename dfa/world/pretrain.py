@@ -7,7 +7,9 @@ Only captions supervise: a sentence that names the objects and the background of
   of a batch of few classes do not exist.
 - *patch presence*: a name in the caption must be found by the k best patches, an absent name by none (multiple-instance
   learning on patch-text similarity; the class token alone learns to classify and localises backwards, METHOD 1b).
-- *patch exclusivity*: every patch must be explained by some name of the caption.
+- *patch exclusivity*: every patch must be explained by some name of the caption. Half of the pictures are mixed: a
+  rectangle of one is pasted into another, and each patch answers to the caption of the picture that it came from.
+  Without it the class is written onto any patch that attention reaches, mostly beside the object.
 
 Both patch terms act on the last block's value path and on the plain output tokens, so that `similarity: value` and
 `raw` both localise. Random erasing hides parts now and then, which makes the body of an object evidence for its class.
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 NAMES: tuple[str, ...] = (*CLASSES, *BACKGROUNDS)
 TEMPLATES: tuple[str, ...] = ("a photo of a {}", "a {}", "{}", "a picture of the {}")
+_PATCH = 8
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI CLIP's own normalisation, which the tiny model shares so that one code path serves both."""
@@ -55,14 +58,15 @@ class PretrainSettings:
     seed: int = 0
     close_up_steps: int = 1500
     close_up_batch_size: int = 32
-    scene_steps: int = 2500
+    scene_steps: int = 4000
     scene_batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 150
     class_token_weight: float = 2.0
     patch_weight: float = 1.0
-    exclusive_weight: float = 0.5
+    exclusive_weight: float = 1.0
+    mixed_share: float = 0.5
     patch_scale: float = 20.0
     presence_patches: tuple[int, ...] = (3, 10)
     erase_probability: float = 0.5
@@ -80,13 +84,16 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class CaptionedBatch:
-    """Images with what their captions name.
+    """Images with what their captions name; the last `num_mixed` are mixed from two.
 
-    image_B3HW: uint8. present_BK: bool, K = 16 names (classes, then backgrounds).
+    image_B3HW: uint8. present_BK: bool, K = 16 names (classes, then backgrounds), of the picture or of both.
+    allowed_BNK: bool, the names of the picture that each patch came from.
     """
 
     image_B3HW: Tensor
     present_BK: Tensor
+    allowed_BNK: Tensor
+    num_mixed: int
 
 
 def _augmented(image: np.ndarray, rng: np.random.Generator, erase_probability: float) -> np.ndarray:
@@ -116,19 +123,36 @@ class _Captioned(IterableDataset):
             yield self.batch(step)
 
     def batch(self, step: int) -> CaptionedBatch:
-        settings, images = self.settings, []
+        settings = self.settings
         near = step < settings.close_up_steps
         size = settings.close_up_batch_size if near else settings.scene_batch_size
-        present = np.zeros((size, len(NAMES)), bool)
-        for row in range(size):
-            index = step * size + row
-            scene = draw_close_up(settings.seed, index) if near else draw(settings.seed, index)
-            rng = np.random.default_rng([settings.seed, index, 1, int(near)])
-            images.append(_augmented(scene.image_HW3, rng, settings.erase_probability))
-            present[row, [label - 1 for label in scene.labels]] = True
-            present[row, len(CLASSES) + BACKGROUNDS.index(scene.background)] = True
-        image_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return CaptionedBatch(image_B3HW, torch.from_numpy(present))
+        pictures = [self._picture(step * size + row, near=near) for row in range(size)]
+        images, present = (np.stack(values) for values in zip(*pictures, strict=True))
+        side = images.shape[1] // _PATCH
+        allowed = np.broadcast_to(present[:, None, None], (size, side, side, len(NAMES))).copy()
+        num_mixed = int(settings.mixed_share * size)
+        mixed, rng = images.copy(), np.random.default_rng([settings.seed, step, 3])
+        for row in range(size - num_mixed, size):
+            (top, left), (height, width) = rng.integers(0, side - 2, 2), rng.integers(3, side - 2, 2)
+            patches = np.s_[top : top + height, left : left + width]
+            pixels = tuple(slice(_PATCH * each.start, _PATCH * each.stop) for each in patches)
+            other = row - (size - num_mixed)
+            mixed[row][pixels] = images[other][pixels]
+            allowed[row][patches] = present[other]
+            present[row] |= present[other]
+        image_B3HW = torch.from_numpy(mixed).permute(0, 3, 1, 2)
+        allowed_BNK = torch.from_numpy(allowed.reshape(size, -1, len(NAMES)))
+        return CaptionedBatch(image_B3HW, torch.from_numpy(present), allowed_BNK, num_mixed)
+
+    def _picture(self, index: int, *, near: bool) -> tuple[np.ndarray, np.ndarray]:
+        """An augmented image and which of NAMES its caption holds."""
+        settings = self.settings
+        scene = draw_close_up(settings.seed, index) if near else draw(settings.seed, index)
+        rng = np.random.default_rng([settings.seed, index, 1, int(near)])
+        present = np.zeros(len(NAMES), bool)
+        present[[label - 1 for label in scene.labels]] = True
+        present[len(CLASSES) + BACKGROUNDS.index(scene.background)] = True
+        return _augmented(scene.image_HW3, rng, settings.erase_probability), present
 
 
 def _texts(present_BK: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
@@ -187,21 +211,24 @@ def class_token_loss(similarity_BT: Tensor, true_BT: Tensor, scale: Tensor, bias
     return 0.5 * (loss[true_BT].mean() + loss[~true_BT].mean())
 
 
-def patch_losses(similarity_BNK: Tensor, present_BK: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Presence and exclusivity of patch-text probabilities.
+def presence_loss(similarity_BNK: Tensor, present_BK: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The best patches of a present name must have it, those of an absent name must not.
 
     Args:
         similarity_BNK: scaled patch-text similarity over all names.
         present_BK: which names the caption holds.
         counts: numbers of best patches whose mean probability must be high for a present name.
     """
-    log_probability = similarity_BNK.log_softmax(-1)
-    probability = log_probability.exp()
-    exclusive = -torch.logsumexp(log_probability.masked_fill(~present_BK[:, None], -1e4), -1).mean()
-    best = probability.topk(max(counts), dim=1).values
+    best = similarity_BNK.softmax(-1).topk(max(counts), dim=1).values
     presence = torch.stack([-best[:, :count].mean(1)[present_BK].clamp_min(1e-6).log().mean() for count in counts])
     absent = -torch.log1p(-best[:, : min(counts)].mean(1)[~present_BK].clamp_max(1 - 1e-4)).mean()
-    return presence.mean() + absent, exclusive
+    return presence.mean() + absent
+
+
+def exclusive_loss(similarity_BNK: Tensor, allowed_BNK: Tensor) -> Tensor:
+    """Each patch's probability must lie on the names that its own picture's caption holds."""
+    log_probability = similarity_BNK.log_softmax(-1)
+    return -torch.logsumexp(log_probability.masked_fill(~allowed_BNK, -1e4), -1).mean()
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -226,16 +253,21 @@ def _loss(
     embed: Callable[..., Any],
 ) -> tuple[Tensor, dict[str, float]]:
     rng = np.random.default_rng([settings.seed, step, 2])
-    texts, claims = _texts(batch.present_BK.numpy(), rng)
+    pure_BK = batch.present_BK[: len(batch.present_BK) - batch.num_mixed]
+    texts, claims = _texts(pure_BK.numpy(), rng)
     text_TE = F.normalize(model.clip.encode_text(tokenizer(texts)), dim=-1)
     image_BE, patches = embed(model.clip, batch.image_B3HW)
     claims_TK = torch.from_numpy(claims)
     true_BT = ~(claims_TK[None] & ~batch.present_BK[:, None]).any(-1)
-    parts = {"class_token": class_token_loss(image_BE @ text_TE.T, true_BT, model.scale, model.bias)}
+    pure = slice(0, len(image_BE) - batch.num_mixed)
+    similarity_BT = image_BE[pure] @ text_TE.T
+    parts = {"class_token": class_token_loss(similarity_BT, true_BT[pure], model.scale, model.bias)}
     for path, patch_BNE in zip(("value", "raw"), patches, strict=True):
         similarity_BNK = settings.patch_scale * patch_BNE @ text_TE[: len(NAMES)].T
-        presence, exclusive = patch_losses(similarity_BNK, batch.present_BK, settings.presence_patches)
-        parts[f"presence_{path}"], parts[f"exclusive_{path}"] = presence, exclusive
+        parts[f"presence_{path}"] = presence_loss(
+            similarity_BNK[pure], batch.present_BK[pure], settings.presence_patches
+        )
+        parts[f"exclusive_{path}"] = exclusive_loss(similarity_BNK, batch.allowed_BNK)
     total = settings.class_token_weight * parts["class_token"]
     for path in ("value", "raw"):
         term = parts[f"presence_{path}"] + settings.exclusive_weight * parts[f"exclusive_{path}"]
