@@ -276,7 +276,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: unknown file or key (with the nearest known one), wrong type, value out of range.
     """
-    layers = [(f"conf {_conf_path(name)}", _read_yaml(_conf_path(name)))] if name else []
+    layers: list[tuple[str, Any]] = [(f"conf {_conf_path(name)}", _read_yaml(_conf_path(name)))] if name else []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:

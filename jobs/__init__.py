@@ -27,7 +27,7 @@ def quiet_ray() -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 
 
-def main(description: str, work: Callable[[Config], Result], argv: list[str] | None = None) -> None:
+def main(description: str | None, work: Callable[[Config], Result], argv: list[str] | None = None) -> None:
     """Parse `CONF key=value ...`, do the work, print its result as the last line.
 
     Bad input ends with the message alone and exit code 2; an interrupt with 130.

@@ -147,7 +147,7 @@ def step(repeats: int) -> Result:
 
     def update(losses: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
-        sum(part.weight * part.total / part.count.clamp_min(1) for part in losses).backward()
+        torch.stack([part.weight * part.total / part.count.clamp_min(1) for part in losses]).sum().backward()
         optimizer.step()
 
     def whole() -> None:
@@ -162,7 +162,7 @@ def step(repeats: int) -> Result:
     def bare() -> None:
         bare_optimizer.zero_grad(set_to_none=True)
         losses = supervised(batch)
-        sum(part.weight * part.total / part.count.clamp_min(1) for part in losses).backward()
+        torch.stack([part.weight * part.total / part.count.clamp_min(1) for part in losses]).sum().backward()
         bare_optimizer.step()
 
     whole_ms, bare_ms = interleave(whole, bare, repeats=repeats, per=1, clock=time.perf_counter)

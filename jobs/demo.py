@@ -74,7 +74,9 @@ def work(config: Config, *, fresh: bool, supervised: bool) -> Result:
             raise KeyboardInterrupt
         labelled = _stage("labelling the training images", lambda: pseudo_label.work(config))
         scores = _stage("evaluating", lambda: evaluate.work(config))
-        bound = _stage("training on ground truth", lambda: _supervised(config)) if supervised else None
+        bound = None
+        if supervised:
+            bound = _stage("training on ground truth", lambda: _supervised(config))["val_miou"]
         seconds = time.monotonic() - started
         extra = {
             "seconds": seconds,
@@ -127,12 +129,12 @@ def _shard(config: Config, split: str) -> Result:
     return shard.work(part)
 
 
-def _supervised(config: Config) -> float:
+def _supervised(config: Config) -> Result:
     part = copy.deepcopy(config)
     part.run, part.loss.supervision = f"{config.run}/supervised", "masks"
     part.evaluate.parts = ["val"]
     train.work(part)
-    return evaluate.work(part)["val_miou"]
+    return evaluate.work(part)
 
 
 def main() -> None:

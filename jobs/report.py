@@ -1,5 +1,6 @@
 """Write the page of a run: `python -m jobs.report CONF key=value ...`. Reads what training and evaluation left."""
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ import torch
 
 from dfa import build
 from dfa.config import Config
-from dfa.data.shards import ShardIndex
-from dfa.data.stream import Batch, eval_batches
+from dfa.data.shards import RawSample, ShardIndex, read_shard
+from dfa.data.transforms import decode_mask, decode_rgb
 from dfa.label.crf import crf_labels
 from dfa.model.segmenter import Segmenter
 from dfa.report import figures
@@ -63,16 +64,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _pictures(segmenter: Segmenter, config: Config, index: ShardIndex, title: str) -> list[Picture]:
-    batches = eval_batches(
-        index, rank=0, world=1, batch_size=1, max_pixels=config.data.max_pixels, limit=_PICTURES, with_masks=False
-    )
-    return [_picture(segmenter, config, batch, index.class_names, title) for batch in batches]
+    raws = (raw for shard in index.shards for raw in read_shard(index.path(shard.name)))
+    return [_picture(segmenter, config, raw, index.class_names, title) for raw in itertools.islice(raws, _PICTURES)]
 
 
-def _picture(segmenter: Segmenter, config: Config, batch: Batch, names: Sequence[str], title: str) -> Picture:
-    scales, flip, device = config.evaluate.scales, config.evaluate.flip, segmenter.clip.device
-    image_B3HW, labels_BC = batch.image_B3HW.to(device), batch.labels_BC.to(device)
-    image_HW3 = batch.image_B3HW[0].permute(1, 2, 0).contiguous().numpy()
+def _picture(segmenter: Segmenter, config: Config, raw: RawSample, names: Sequence[str], title: str) -> Picture:
+    scales, flip, limit = config.evaluate.scales, config.evaluate.flip, config.data.max_pixels
+    image_HW3 = decode_rgb(raw.image, max_pixels=limit)
+    image_B3HW = torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)[None].to(segmenter.clip.device)
+    labels_BC = torch.zeros(1, len(names), dtype=torch.bool, device=segmenter.clip.device)
+    labels_BC[0, [label - 1 for label in raw.labels]] = True
     seeds = segmenter.pixel_seeds(image_B3HW, labels_BC, scales=config.evaluate.cam_scales, flip=flip)
     cam_KHW = seeds.score_BMHW[0].cpu().numpy()
     background_HW = np.full(cam_KHW.shape[1:], config.cam.threshold, np.float32)
@@ -84,12 +85,12 @@ def _picture(segmenter: Segmenter, config: Config, batch: Batch, names: Sequence
     prediction_HW = crf_labels(image_HW3, probability_KHW[likely], likely, settings)
     example = figures.Example(
         image_HW3,
-        truth_HW=None if batch.mask_BHW is None else batch.mask_BHW[0].numpy(),
+        truth_HW=None if raw.mask is None else decode_mask(raw.mask, max_pixels=limit),
         cam_HW=cam_KHW.max(0) if len(cam_KHW) else np.zeros_like(background_HW),
         pseudo_HW=pseudo_HW,
         prediction_HW=prediction_HW,
     )
-    return Picture(f"{title} {batch.keys[0]}", figures.sample_panels(example), figures.present_legend(example, names))
+    return Picture(f"{title} {raw.key}", figures.sample_panels(example), figures.present_legend(example, names))
 
 
 def _tables(scores: dict[str, Any]) -> tuple[Table, ...]:

@@ -13,7 +13,8 @@ def test_every_configuration_in_conf_loads(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes", "num_background"), [("classes_voc", 20, 25), ("classes_coco", 80, 23), ("classes_world", 10, 6)]
+    ("name", "num_classes", "num_background"),
+    [("classes_voc", 20, 25), ("classes_coco", 80, 23), ("classes_world", 10, 6)],
 )
 def test_class_lists_have_the_published_sizes(name, num_classes, num_background):
     classes = config.class_set(name)
@@ -50,7 +51,7 @@ def test_a_typo_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
 
 
 def test_an_unknown_configuration_lists_the_known_ones():
-    with pytest.raises(ValueError, match="conf/ has .*demo"):
+    with pytest.raises(ValueError, match=r"conf/ has .*demo"):
         config.load("dmeo")
 
 

@@ -70,7 +70,9 @@ def test_only_build_and_jobs_know_the_configuration():
 
 def test_core_needs_torch_alone():
     code = "import sys, dfa.core.affinity, dfa.core.cam, dfa.core.metrics, dfa.core.rectify, dfa.core.spectrum, dfa.core.transport;"
-    code += f"print([m for m in {sorted([*DOORS, 'PIL', 'pyarrow', 'safetensors', 'torchvision'])} if m in sys.modules])"
+    code += (
+        f"print([m for m in {sorted([*DOORS, 'PIL', 'pyarrow', 'safetensors', 'torchvision'])} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

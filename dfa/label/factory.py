@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from dfa.data import storage
@@ -252,10 +253,10 @@ class _Line:
             "max_task_retries": 3,
             "scheduling_strategy": "SPREAD",
         }
-        actors = [_ScorerActor.options(**options).remote(self.plan.make_scorers) for _ in range(num_scorers)]
+        actors: list[Any] = [_ScorerActor.options(**options).remote(self.plan.make_scorers) for _ in range(num_scorers)]
         try:
             self._feed(actors)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             # The input is wrong, not Ray: its own message without the remote traceback.
             if isinstance(error.cause, ValueError | FileNotFoundError):
                 raise ValueError(str(error.cause)) from error

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dfa.data import storage
 from dfa.data.shards import (
@@ -243,7 +242,7 @@ def _tally_to_plain(tally: Tally) -> dict[str, Any]:
 
 def _tally_from_plain(plain: dict[str, Any], settings: LabelSettings) -> Tally:
     zero = Tally.zero(settings)
-    counts: dict[str, Tensor] = {}
+    counts: dict[str, Any] = {}
     for name in _COUNTS:
         counts[name] = getattr(zero, name).clone()
         places, values = plain.pop(name)

@@ -58,7 +58,7 @@ class PretrainSettings:
     seed: int = 0
     close_up_steps: int = 1500
     close_up_batch_size: int = 32
-    scene_steps: int = 4000
+    scene_steps: int = 3500
     scene_batch_size: int = 32
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -255,7 +255,8 @@ def _loss(
     rng = np.random.default_rng([settings.seed, step, 2])
     pure_BK = batch.present_BK[: len(batch.present_BK) - batch.num_mixed]
     texts, claims = _texts(pure_BK.numpy(), rng)
-    text_TE = F.normalize(model.clip.encode_text(tokenizer(texts)), dim=-1)
+    clip: Any = model.clip
+    text_TE = F.normalize(clip.encode_text(tokenizer(texts)), dim=-1)
     image_BE, patches = embed(model.clip, batch.image_B3HW)
     claims_TK = torch.from_numpy(claims)
     true_BT = ~(claims_TK[None] & ~batch.present_BK[:, None]).any(-1)

@@ -127,7 +127,7 @@ def test_a_few_steps_lower_the_loss():
 
 
 def test_a_crop_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(ValueError, match="crop.size 50 is not a multiple of the encoder's patch, 8"):
+    with pytest.raises(ValueError, match=r"crop.size 50 is not a multiple of the encoder's patch, 8"):
         make_step("crop.size=50")
 
 

@@ -29,9 +29,7 @@ def test_the_patch_embeddings_are_those_of_the_frozen_clip():
     frozen.visual.load_state_dict(clip.visual.state_dict())
     bank = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1)
     for kind, patch_BNE in (("raw", raw_BNE), ("value", value_BNE)):
-        features = frozen.encode(
-            image, bank, token_blocks=(), attention_blocks=(), similarity=kind, surgery_blocks=1
-        )
+        features = frozen.encode(image, bank, token_blocks=(), attention_blocks=(), similarity=kind, surgery_blocks=1)
         # fp32, two orders of summation
         assert torch.allclose(features.similarity_BNK, patch_BNE @ bank.T, atol=1e-5)
         assert torch.allclose(features.class_similarity_BK, class_BE @ bank.T, atol=1e-5)
