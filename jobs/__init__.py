@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,18 +18,10 @@ from dfa.config import Config, load
 Result = dict[str, Any]
 
 
-def quiet_ray() -> None:
-    """Settings that Ray reads when it is imported or started: no usage report, one machine's worth of patience."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-
-
 def main(description: str | None, work: Callable[[Config], Result], argv: list[str] | None = None) -> None:
     """Parse `CONF key=value ...`, do the work, print its result as the last line.
 
-    Bad input ends with the message alone and exit code 2; an interrupt with 130.
+    Bad input ends with the message alone and exit code 1; an interrupt with 130.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("conf", help="a name in conf/ or the path of a YAML file")

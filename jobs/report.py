@@ -23,6 +23,7 @@ from jobs import Result, main
 
 log = logging.getLogger("jobs.report")
 _PICTURES = 6
+_LOSSES = ("loss", "segmentation", "alignment", "rectification")
 _SCORES = {
     "val_miou": ("model on held-out images", "mIoU, several scales, flip and CRF"),
     "mask_miou": ("pseudo-masks", "mIoU on the training images, CAM and CRF"),
@@ -39,7 +40,7 @@ def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
     """
     folder, extra = Path(config.run), extra or {}
     scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k == "supervised_miou"}
-    segmenter = build.trained_segmenter(config, build.device(config))
+    segmenter = build.trained_segmenter(config, build.device(config), config.label.checkpoint)
     pictures = []
     for split, title in (("val", "held-out"), ("train", "training")):
         if getattr(config.shards, split):
@@ -95,18 +96,18 @@ def _picture(segmenter: Segmenter, config: Config, raw: RawSample, names: Sequen
 
 def _tables(scores: dict[str, Any]) -> tuple[Table, ...]:
     per_class: dict[str, dict[str, float | None]] = scores.get("per_class") or {}
-    parts = [part for part in ("seed", "mask", "val") if per_class.get(part)]
-    if not parts:
+    if not per_class:
         return ()
-    names = list(per_class[parts[-1]])
-    rows = tuple((name, *(per_class[part].get(name) for part in parts)) for name in names)
-    return (Table("IoU of each class, %", ("class", *parts), rows, bar_column=len(parts)),)
+    columns = list(next(iter(per_class.values())))
+    rows = tuple((name, *(row[column] for column in columns)) for name, row in per_class.items())
+    names = ("class", *(column.replace("_no_crf", " without CRF") for column in columns))
+    return (Table("IoU of each class, %", names, rows, bar_column=1 + columns.index("val") if "val" in columns else 1),)
 
 
 def _curves(folder: Path, scores: dict[str, Any]) -> tuple[figures.Panel, ...]:
     lines, panels = read_metrics(folder), []
     steps = [line for line in lines if line["kind"] == "train"]
-    parts = sorted({key for line in steps for key in line if key == "loss" or key.startswith("loss_")})
+    parts = sorted({key for line in steps for key in line if key.startswith(_LOSSES)})
     losses = {part: [(line["step"], line[part]) for line in steps if line.get(part) is not None] for part in parts}
     if steps:
         png = figures.learning_curves(losses, title="Losses", y_label="loss", log=True)
