@@ -107,9 +107,10 @@ class PairLogit(nn.Module):
         self.first = nn.Linear(num_channels, hidden)
         self.last = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.last.weight)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.bias = nn.Parameter(torch.zeros(()))
-        self.gain = nn.Parameter(torch.ones(())) if num_feature_channels else None
+        # One element, not none: DeepSpeed cannot broadcast a parameter without axes between workers.
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.gain = nn.Parameter(torch.ones(1)) if num_feature_channels else None
 
     def forward(self, channels_BXNN: Tensor) -> Tensor:
         """channels_BXNN -> logit_BNN, symmetric, fp32 whatever surrounds it."""
