@@ -23,6 +23,7 @@ from jobs import Result, main
 
 log = logging.getLogger("jobs.report")
 _PICTURES = 6
+_SHEET_ROWS = 5
 _LOSSES = ("loss", "segmentation", "alignment", "rectification")
 _SCORES = {
     "val_miou": ("model on held-out images", "mIoU, several scales, flip and CRF"),
@@ -41,10 +42,13 @@ def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
     folder, extra = Path(config.run), extra or {}
     scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k == "supervised_miou"}
     segmenter = build.trained_segmenter(config, build.device(config), config.label.checkpoint)
-    pictures = []
+    names, pictures, sheet = build.class_set(config).names, [], []
     for split, title in (("val", "held-out"), ("train", "training")):
         if getattr(config.shards, split):
-            pictures += _pictures(segmenter, config, build.index(config, split), title)
+            examples = _examples(segmenter, config, build.index(config, split))
+            pictures += [_picture(f"{title} {key}", example, names) for key, example in examples.items()]
+            sheet += list(examples.values())
+    (folder / "examples.png").write_bytes(figures.panel_sheet(sheet[:_SHEET_ROWS], names))
     report = Report(
         title=f"{config.name}: image-level labels to masks",
         scores={name: scores[key] for key, (name, _) in _SCORES.items() if scores.get(key) is not None},
@@ -64,16 +68,21 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _pictures(segmenter: Segmenter, config: Config, index: ShardIndex, title: str) -> list[Picture]:
+def _examples(segmenter: Segmenter, config: Config, index: ShardIndex) -> dict[str, figures.Example]:
     raws = (raw for shard in index.shards for raw in read_shard(index.path(shard.name)))
-    return [_picture(segmenter, config, raw, index.class_names, title) for raw in itertools.islice(raws, _PICTURES)]
+    chosen = itertools.islice(raws, _PICTURES)
+    return {raw.key: _example(segmenter, config, raw, len(index.class_names)) for raw in chosen}
 
 
-def _picture(segmenter: Segmenter, config: Config, raw: RawSample, names: Sequence[str], title: str) -> Picture:
+def _picture(name: str, example: figures.Example, names: Sequence[str]) -> Picture:
+    return Picture(name, figures.sample_panels(example), figures.present_legend(example, names))
+
+
+def _example(segmenter: Segmenter, config: Config, raw: RawSample, num_classes: int) -> figures.Example:
     scales, flip, limit = config.evaluate.scales, config.evaluate.flip, config.data.max_pixels
     image_HW3 = decode_rgb(raw.image, max_pixels=limit)
     image_B3HW = torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)[None].to(segmenter.clip.device)
-    labels_BC = torch.zeros(1, len(names), dtype=torch.bool, device=segmenter.clip.device)
+    labels_BC = torch.zeros(1, num_classes, dtype=torch.bool, device=segmenter.clip.device)
     labels_BC[0, [label - 1 for label in raw.labels]] = True
     seeds = segmenter.pixel_seeds(image_B3HW, labels_BC, scales=config.evaluate.cam_scales, flip=flip)
     cam_KHW = seeds.score_BMHW[0].cpu().numpy()
@@ -84,14 +93,13 @@ def _picture(segmenter: Segmenter, config: Config, raw: RawSample, names: Sequen
     probability_KHW = segmenter.logits(image_B3HW, scales=scales, flip=flip)[0].softmax(0).cpu().numpy()
     likely = [0, *(k for k in range(1, len(probability_KHW)) if probability_KHW[k].max() > 0.05)]
     prediction_HW = crf_labels(image_HW3, probability_KHW[likely], likely, settings)
-    example = figures.Example(
+    return figures.Example(
         image_HW3,
         truth_HW=None if raw.mask is None else decode_mask(raw.mask, max_pixels=limit),
         cam_HW=cam_KHW.max(0) if len(cam_KHW) else np.zeros_like(background_HW),
         pseudo_HW=pseudo_HW,
         prediction_HW=prediction_HW,
     )
-    return Picture(f"{title} {raw.key}", figures.sample_panels(example), figures.present_legend(example, names))
 
 
 def _tables(scores: dict[str, Any]) -> tuple[Table, ...]:
