@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -36,7 +37,7 @@ def test_the_patch_embeddings_are_those_of_the_frozen_clip():
 
 
 def test_a_caption_is_positive_for_every_scene_of_which_it_is_true():
-    settings = PretrainSettings(close_up_steps=0, scene_steps=1, scene_batch_size=12)
+    settings = PretrainSettings(close_up_steps=0, scene_steps=1, scene_batch_size=12, mixed_share=0.0)
     batch = pretrain._Captioned(settings, 0).batch(0)
     texts, claims = pretrain._texts(batch.present_BK.numpy(), np.random.default_rng(0))
     for text, claim in zip(texts, claims, strict=True):
@@ -48,17 +49,38 @@ def test_a_caption_is_positive_for_every_scene_of_which_it_is_true():
         assert not (own_caption & ~present).any()
 
 
+def test_each_patch_of_a_mixed_picture_answers_to_its_own_caption():
+    settings = PretrainSettings(
+        close_up_steps=0, scene_steps=1, scene_batch_size=8, mixed_share=0.5, erase_probability=0.0
+    )
+    batch = pretrain._Captioned(settings, 0).batch(0)
+    pure = pretrain._Captioned(dataclasses.replace(settings, mixed_share=0.0), 0).batch(0)
+    assert batch.num_mixed == 4 and torch.equal(batch.image_B3HW[:4], pure.image_B3HW[:4])
+    for row in range(4, 8):
+        own, other = pure.image_B3HW[row], pure.image_B3HW[row - 4]
+        for patch in range(14 * 14):
+            top, left = divmod(patch, 14)
+            pixels = np.s_[:, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8]
+            foreign = torch.equal(batch.image_B3HW[row][pixels], other[pixels])
+            assert foreign or torch.equal(batch.image_B3HW[row][pixels], own[pixels])
+            names = pure.present_BK[row - 4] if foreign else pure.present_BK[row]
+            assert torch.equal(batch.allowed_BNK[row, patch], names)
+
+
 def test_patch_losses_equal_slow_loops():
     generator = torch.Generator().manual_seed(0)
     similarity = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
     present = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
-    presence, exclusive = pretrain.patch_losses(similarity, present, (1, 3))
+    allowed = torch.rand(3, 6, 4, generator=generator) > 0.5
+    allowed[..., 0] = True
+    presence = pretrain.presence_loss(similarity, present, (1, 3))
+    exclusive = pretrain.exclusive_loss(similarity, allowed)
     found = {1: [], 3: []}
     absent, unexplained = [], []
     for b in range(3):
         probability = torch.softmax(similarity[b], -1)
         for n in range(6):
-            unexplained.append(-math.log(sum(probability[n, k].item() for k in range(4) if present[b, k])))
+            unexplained.append(-math.log(sum(probability[n, k].item() for k in range(4) if allowed[b, n, k])))
         for k in range(4):
             best = sorted((probability[n, k].item() for n in range(6)), reverse=True)
             if present[b, k]:
