@@ -91,7 +91,10 @@ def _example(segmenter: Segmenter, config: Config, raw: RawSample, num_classes: 
     settings = build.crf_settings(config)
     pseudo_HW = crf_labels(image_HW3, np.stack([background_HW, *cam_KHW])[: len(classes)], classes, settings)
     probability_KHW = segmenter.logits(image_B3HW, scales=scales, flip=flip)[0].softmax(0).cpu().numpy()
-    likely = [0, *(k for k in range(1, len(probability_KHW)) if probability_KHW[k].max() > 0.05)]
+    likely = [
+        0,
+        *(k for k in range(1, len(probability_KHW)) if probability_KHW[k].max() > config.label.min_probability),
+    ]
     prediction_HW = crf_labels(image_HW3, probability_KHW[likely], likely, settings)
     return figures.Example(
         image_HW3,
