@@ -1,4 +1,4 @@
-"""From patch-text scores and affinities to class activation maps and labels (METHOD 1.14, 1.17, 1.18 and 1b).
+"""From patch-text scores and affinities to class activation maps (METHOD 1.14, 1.17 and 1b).
 
 Columns are ordered foreground classes first, then background prompts; `column_mask_BK` is True for what takes part in an image:
 its classes and every background prompt (METHOD 1.17: with foreground alone an image of one class gives a CAM of 1 everywhere).
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 ScoringForm = Literal["row_term", "row_term_foreground", "propagate", "both"]
-BackgroundKind = Literal["prompts", "constant", "power"]
-
-_IGNORED = 255
 
 
 def class_scores(similarity_BNK: Tensor, column_mask_BK: Tensor, *, scale: float) -> Tensor:
@@ -90,48 +87,3 @@ def scoring_matrix(
             column_BK[:, num_foreground:] = False
         scoring_BNK = scoring_BNK + lambda_high * row_BN[:, :, None] * column_BK[:, None, :]
     return scoring_BNK
-
-
-def background_score(
-    cam_BNK: Tensor, column_mask_BK: Tensor, *, num_foreground: int, kind: BackgroundKind, constant: float, gamma: float
-) -> Tensor:
-    """The background's own map beside the foreground columns of a CAM in [0, 1]: BN (METHOD 1.18, 1b).
-
-    kind: `prompts` the maximum over the present background columns, `constant` that level everywhere (the threshold of a sweep),
-    `power` `(1 - max_fg)^gamma`. constant and gamma are read by the kind of their name only.
-    """
-    if kind == "constant":
-        return torch.full_like(cam_BNK[:, :, 0], constant)
-    if kind == "power":
-        foreground_BNK = cam_BNK[:, :, :num_foreground].masked_fill(~column_mask_BK[:, None, :num_foreground], 0.0)
-        return (1 - foreground_BNK.amax(-1)).clamp_min(0) ** gamma
-    if kind != "prompts":
-        raise ValueError(f"kind must be prompts, constant or power, got {kind!r}")
-    if cam_BNK.shape[-1] <= num_foreground:
-        raise ValueError(f"kind prompts needs background columns, got {cam_BNK.shape[-1]} columns, all foreground")
-    background_BNK = cam_BNK[:, :, num_foreground:]
-    return background_BNK.masked_fill(~column_mask_BK[:, None, num_foreground:], 0.0).amax(-1)
-
-
-def cam_to_label(
-    foreground_BCHW: Tensor, background_BHW: Tensor, labels_BC: Tensor, *, ignore_band: tuple[float, float] | None
-) -> Tensor:
-    """Label per position by argmax: 0 background, c for channel c-1; int64 (METHOD 1.18).
-
-    foreground_BCHW: class maps, channels second, any axes behind (pixels or patches). background_BHW: the same without channels.
-    labels_BC: bool, the image's classes; others cannot win. Ties go to the background, then to the lower class.
-    ignore_band (low, high): positions whose strongest present class scores in [low, high) become 255; None for no such band.
-    """
-    if background_BHW.shape != (foreground_BCHW.shape[0], *foreground_BCHW.shape[2:]):
-        raise ValueError(
-            f"background {tuple(background_BHW.shape)} does not fit the foreground maps {tuple(foreground_BCHW.shape)}"
-        )
-    absent_BC11 = ~labels_BC.reshape(*labels_BC.shape, *[1] * (foreground_BCHW.ndim - 2))
-    best_BHW, winner_BHW = foreground_BCHW.masked_fill(absent_BC11, -torch.inf).max(dim=1)
-    label_BHW = torch.where(best_BHW > background_BHW, winner_BHW + 1, 0)
-    if ignore_band is None:
-        return label_BHW
-    low, high = ignore_band
-    if low > high:
-        raise ValueError(f"ignore_band must be (low, high) with low <= high, got {ignore_band}")
-    return label_BHW.masked_fill((best_BHW >= low) & (best_BHW < high), _IGNORED)

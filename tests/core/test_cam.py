@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from dfa.core.cam import (
-    background_score,
-    cam_to_label,
     class_scores,
     max_normalize,
     min_max,
@@ -127,36 +125,7 @@ def test_elementwise_refinement_is_the_product_of_both_propagations():
     torch.testing.assert_close(refine_elementwise(low, score, high), expected)
 
 
-def test_background_kinds():
-    _, cam, _ = inputs()
-    settings = {"num_foreground": NUM_FOREGROUND, "constant": 0.4, "gamma": 3.0}
-    prompts = background_score(cam, MASK, kind="prompts", **settings)
-    assert torch.equal(prompts[0], cam[0, :, 3:].amax(-1))
-    assert torch.equal(prompts[1], cam[1, :, 4])  # Column 3 is masked there.
-    assert torch.equal(background_score(cam, MASK, kind="constant", **settings), torch.full((2, 9), 0.4))
-    power = background_score(cam, MASK, kind="power", **settings)
-    torch.testing.assert_close(power[0], (1 - cam[0][:, [0, 2]].amax(-1)) ** 3)  # Class 2 is absent there.
-    with pytest.raises(ValueError, match="needs background columns"):
-        background_score(cam[..., :3], MASK[:, :3], kind="prompts", **settings)
-
-
-def test_labels_come_from_present_classes_ties_go_to_background_and_the_band_is_void():
-    foreground = torch.tensor([[[0.9, 0.4, 0.2, 0.1], [0.1, 0.6, 0.2, 0.3], [1.0, 1.0, 1.0, 1.0]]])
-    background = torch.full((1, 4), 0.4)
-    present = torch.tensor([[True, True, False]])
-    assert cam_to_label(foreground, background, present, ignore_band=None).tolist() == [[1, 2, 0, 0]]
-    assert cam_to_label(foreground, background, present, ignore_band=(0.2, 0.5)).tolist() == [[1, 2, 255, 255]]
-    tie = cam_to_label(foreground[..., :1] * 0 + 0.4, background[:, :1], present, ignore_band=None)
-    assert tie.tolist() == [[0]]
-    pixels = foreground[..., None].expand(-1, -1, -1, 2)
-    assert cam_to_label(pixels, background[..., None].expand(-1, -1, 2), present, ignore_band=None).shape == (1, 4, 2)
-    with pytest.raises(ValueError, match="does not fit"):
-        cam_to_label(foreground, background[:, :2], present, ignore_band=None)
-
-
-def test_a_forms_or_kinds_misspelling_is_refused():
+def test_a_misspelt_form_is_refused():
     low, score, high = inputs()
     with pytest.raises(ValueError, match="form must be"):
         scoring_matrix(low, score, high, MASK, num_foreground=3, lambda_low=1.0, lambda_high=0.1, form="row")
-    with pytest.raises(ValueError, match="kind must be"):
-        background_score(score, MASK, num_foreground=3, kind="prompt", constant=0.4, gamma=1.0)
