@@ -1,0 +1,210 @@
+"""What the label factory needs."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfa import config as configuration
+from dfa.build.data import class_set, index
+from dfa.build.model import beside_conf, device, model_description, patch_size, trained_segmenter
+from dfa.build.predicting import checkpoint_segmenter, prediction_input, prediction_output
+from dfa.build.training import pseudo_settings
+from dfa.config import Config
+from dfa.data.shards import ShardIndex, sha256_of
+from dfa.label.crf import PRESETS, CrfSettings
+from dfa.label.factory import FactoryPlan, LabelPass
+from dfa.label.images import ImageSet, ListedImages, ShardImages
+from dfa.label.pseudo import PseudoSettings
+from dfa.label.scoring import ImageScores, LabelSettings, model_scores, seed_scores
+from dfa.label.slots import Share
+from dfa.label.work import Scorer
+from dfa.model.inference import size_class
+from dfa.model.segmenter import Segmenter
+from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
+
+Labels = Sequence[tuple[int, ...]]
+
+
+def crf_settings(config: Config) -> CrfSettings:
+    """The CRF preset."""
+    return PRESETS[config.crf.preset]
+
+
+def _checkpoint(config: Config) -> Path:
+    return find_checkpoint(Path(config.run), config.label.checkpoint)
+
+
+def checkpoint(config: Config) -> Path:
+    """The folder of the checkpoint that label.checkpoint names; a ValueError where its classes are not the run's."""
+    folder = _checkpoint(config)
+    check_classes(read_info(folder).class_names, class_set(config).names, where=str(folder))
+    return folder
+
+
+def factory_plan(config: Config, passes: Sequence[LabelPass]) -> FactoryPlan:
+    """Label `passes` with the run's checkpoint."""
+    label = config.label
+    share = Share(
+        use_gpu=config.train.use_gpu,
+        num_scorers=label.scorers,
+        scorer_cpus=label.scorer_cpus,
+        scorer_gpus=label.scorer_gpus,
+        crf_cpus=label.crf_cpus,
+        crf_resource=label.crf_resource,
+    )
+    return FactoryPlan(
+        make_scorers=_scorer_maker(config, _checkpoint(config), {each.scorer for each in passes}),
+        passes=tuple(passes),
+        share=share,
+        batch_images=label.batch_size,
+        batch_pixels=label.batch_pixels,
+        crf_images=label.crf_images,
+    )
+
+
+def label_pass(config: Config, split: str, *, limit: int = 0, output: str = "") -> LabelPass:
+    """The pseudo-labels that label.unary names, for `train` or `val` shards, into RUN/labels (or `output`)."""
+    if config.label.unary == "cam":
+        return seed_pass(config, split, with_crf=True, limit=limit, output=output)
+    scorer = "restricted" if config.label.restrict else "model"
+    return _shard_pass(config, split, scorer, "labels", with_crf=True, limit=limit, output=output)
+
+
+def seed_pass(config: Config, split: str, *, with_crf: bool, limit: int, output: str = "") -> LabelPass:
+    """CAMs of `train` or `val` shards, with dense CRF as labels into RUN/labels, without as seeds into RUN/seeds."""
+    folder = "labels" if with_crf else "seeds"
+    return _shard_pass(config, split, "seed", folder, with_crf=with_crf, limit=limit, output=output)
+
+
+def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
+    """The trained model's masks of `train` or `val` shards, with dense CRF, into RUN/predictions."""
+    return _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output="")
+
+
+def predict_pass(config: Config) -> LabelPass:
+    """The trained model's masks of what predict.input holds. Model and classes come from the checkpoint alone."""
+    info = read_info(find_checkpoint(Path(config.run), config.label.checkpoint))
+    found = prediction_input(config, info.class_names)
+    images = ShardImages(found) if isinstance(found, ShardIndex) else ListedImages(found)
+    patch, crf = patch_size(info.model["clip"]["model"]), config.predict.crf
+    name, output = f"predictions of {images.root}", prediction_output(config)
+    return _pass(config, name, "predict", images, output, with_crf=crf, limit=0, patch=patch)
+
+
+def _shard_pass(
+    config: Config, split: str, scorer: str, folder: str, *, with_crf: bool, limit: int, output: str
+) -> LabelPass:
+    shards: ShardIndex = index(config, split)
+    part = f"{split}_first_{limit}" if limit else split
+    output = output or str(Path(config.run) / folder / part)
+    check_classes(read_info(_checkpoint(config)).class_names, shards.class_names, where=str(_checkpoint(config)))
+    name, patch = f"{folder} of {split}", patch_size(config.clip.model)
+    return _pass(config, name, scorer, ShardImages(shards), output, with_crf=with_crf, limit=limit, patch=patch)
+
+
+def _pass(
+    config: Config, name: str, scorer: str, images: ImageSet, output: str, *, with_crf: bool, limit: int, patch: int
+) -> LabelPass:
+    label, from_cam = config.label, scorer == "seed"
+    scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
+    clip_weights = Path(beside_conf(config.clip.checkpoint))
+    # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
+    decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
+    decisive += [images.class_names, sha256_of(str(_checkpoint(config) / STATE_NAME))]
+    if scorer != "predict":
+        decisive += [model_description(config)]
+        decisive += [sha256_of(str(clip_weights)) if clip_weights.is_file() else config.clip.checkpoint]
+    if from_cam:
+        decisive += [config.cam, _label_pseudo_settings(config), label.compare_model, class_set(config)]
+    else:
+        decisive += [label.min_probability]
+    return LabelPass(
+        name=name,
+        scorer=scorer,
+        images=images,
+        output=output,
+        settings=LabelSettings(
+            num_classes=len(images.class_names),
+            crf=crf_settings(config) if with_crf else None,
+            sharpness=label.sharpness if from_cam else 1.0,
+            min_confidence=label.min_confidence if with_crf else 0.0,
+            thresholds=tuple(sorted(set(config.evaluate.thresholds))) if from_cam else (),
+            soft=label.soft,
+            confidence=label.confidence,
+            skip_unlabelled=label.unlabelled == "skip" and scorer in ("seed", "restricted"),
+        ),
+        hash=configuration.digest(*decisive),
+        max_pixels=config.data.max_pixels,
+        size_class=partial(size_class, scales=tuple(scales), multiple_of=patch),
+        limit=limit,
+    )
+
+
+def _label_pseudo_settings(config: Config) -> PseudoSettings:
+    settings = pseudo_settings(config)
+    return replace(settings, threshold=config.label.threshold or settings.threshold)
+
+
+def _scorer_maker(config: Config, folder: Path, scorers: Collection[str]) -> Callable[[], Mapping[str, Scorer]]:
+    def make() -> Mapping[str, Scorer]:
+        on_device = device(config)
+        if "predict" in scorers:
+            return {"predict": partial(_model, checkpoint_segmenter(folder, on_device), config, restrict=False)}
+        built = trained_segmenter(config, on_device, folder.name)
+        return {
+            "seed": partial(_seeds, built, config),
+            "model": partial(_model, built, config, restrict=False),
+            "restricted": partial(_model, built, config, restrict=True),
+        }
+
+    return make
+
+
+def _seeds(built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels) -> list[ImageScores]:
+    labels_BC = torch.zeros(len(labels), len(class_set(config).names), dtype=torch.bool)
+    for row, present in zip(labels_BC, labels, strict=True):
+        row[[number - 1 for number in present]] = True
+    groups = _equal_sizes(images, built.bank_KE.device)
+    found = built.pixel_seeds_together(
+        groups,
+        labels_BC.to(built.bank_KE.device),
+        scales=config.evaluate.cam_scales,
+        flip=config.evaluate.flip,
+        with_model=config.label.compare_model,
+    )
+    settings, scores = _label_pseudo_settings(config), list[ImageScores]()
+    for seeds in found:
+        part = seed_scores(seeds.score_BMHW, seeds.class_BM, seeds.background_BHW, settings)
+        if seeds.logits_BCHW is not None:
+            masks_BHW = seeds.logits_BCHW.argmax(1).to(torch.uint8).cpu().numpy()
+            part = [replace(each, model_HW=mask_HW) for each, mask_HW in zip(part, masks_BHW, strict=True)]
+        scores += part
+    return scores
+
+
+def _model(
+    built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels, *, restrict: bool
+) -> list[ImageScores]:
+    groups = _equal_sizes(images, built.bank_KE.device)
+    found = built.logits_together(groups, scales=config.evaluate.scales, flip=config.evaluate.flip)
+    scores, start = list[ImageScores](), 0
+    for logits_BCHW in found:
+        part = labels[start : start + len(logits_BCHW)] if restrict else None
+        scores += model_scores(logits_BCHW, min_probability=config.label.min_probability, labels=part)
+        start += len(logits_BCHW)
+    return scores
+
+
+def _equal_sizes(images: Sequence[torch.Tensor], on_device: torch.device) -> list[torch.Tensor]:
+    """Neighbours of one size stacked: the factory's batches have them side by side."""
+    groups: list[list[torch.Tensor]] = []
+    for image in images:
+        if groups and groups[-1][0].shape == image.shape:
+            groups[-1].append(image)
+        else:
+            groups.append([image])
+    return [torch.stack(group).to(on_device) for group in groups]

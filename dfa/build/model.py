@@ -1,0 +1,160 @@
+"""The frozen encoder, and the segmenter around it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfa import config as configuration
+from dfa.build.data import class_set
+from dfa.clip import FrozenClip, load_clip, patch_size_of
+from dfa.config import Config
+from dfa.core.affinity import PairLogit
+from dfa.label.seed import SeedSettings
+from dfa.model.decoder import Decoder
+from dfa.model.segmenter import EncoderSettings, Segmenter
+from dfa.model.student import Student
+from dfa.train.checkpoint import find_checkpoint, load_weights
+
+
+def device(config: Config) -> torch.device:
+    """Where a job without workers of its own computes."""
+    if config.train.use_gpu and not torch.cuda.is_available():
+        raise ValueError("train.use_gpu is true and torch sees no GPU; set train.use_gpu=false")
+    return torch.device("cuda" if config.train.use_gpu else "cpu")
+
+
+def encoder(config: Config, device: torch.device) -> FrozenClip:
+    """The frozen CLIP."""
+    clip = config.clip
+    return load_clip(
+        beside_conf(clip.model),
+        beside_conf(clip.checkpoint),
+        device=device,
+        precision=clip.precision,
+        mean=clip.mean,
+        std=clip.std,
+    )
+
+
+def beside_conf(name: str) -> str:
+    """A file named relative to the project's folder is found from any working directory."""
+    beside = configuration.CONF.parent / name
+    return str(beside) if not Path(name).exists() and beside.is_file() else name
+
+
+def patch_size(model: str) -> int:
+    """Pixels along a patch of the encoder that clip.model names, without its weights."""
+    return patch_size_of(beside_conf(model))
+
+
+def segmenter(config: Config, device: torch.device) -> Segmenter:
+    """Frozen CLIP, text bank and a student with fresh weights (drawn from train.seed)."""
+    clip, classes = encoder(config, device), class_set(config)
+    bank_KE = clip.text_bank([*classes.prompts, *((text,) for text in classes.background)], classes.templates)
+    return assemble(config, clip, bank_KE, num_classes=len(classes.names))
+
+
+def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_classes: int) -> Segmenter:
+    """A CLIP, a text bank (of no column where no CAM is wanted) and a student with fresh weights."""
+    blocks, settings = clip.num_blocks, config.clip
+    token_blocks = tuple(range(settings.token_blocks or max(1, blocks - 1)))
+    attention_blocks = tuple(range(max(0, blocks - settings.attention_blocks), blocks))
+    if token_blocks[-1] >= blocks:
+        raise ValueError(f"clip.token_blocks is {settings.token_blocks}, {settings.model} has {blocks} blocks")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        student = _student(config, clip.width, len(token_blocks), len(attention_blocks), num_classes)
+    return Segmenter(
+        clip,
+        bank_KE,
+        student.to(clip.device),
+        encoder=EncoderSettings(token_blocks, attention_blocks, settings.similarity, settings.surgery_blocks),  # type: ignore[arg-type]
+        seed=_seed_settings(config, clip),
+        sinkhorn_rounds=config.affinity.sinkhorn_rounds,
+    )
+
+
+def trained_segmenter(config: Config, device: torch.device, which: str = "best") -> Segmenter:
+    """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number."""
+    built = segmenter(config, device)
+    load_student(built, find_checkpoint(Path(config.run), which), class_names=class_set(config).names)
+    return built
+
+
+def load_student(built: Segmenter, folder: Path, *, class_names: Sequence[str]) -> None:
+    """Give the segmenter the student of a checkpoint folder, for inference.
+
+    Raises:
+        CorruptCheckpointError: unreadable or changed files.
+        ValueError: other classes than `class_names`, or weights of another decoder or affinity.
+    """
+    weights, _ = load_weights(folder, class_names=class_names)
+    own = {name.removeprefix("student."): value for name, value in weights.items()}
+    _check_fit(own, built.student.state_dict(), folder)
+    built.student.load_state_dict(own)
+    built.student.eval()
+
+
+def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], folder: Path) -> None:
+    bad = sorted(saved.keys() ^ wanted.keys())
+    bad += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
+    if bad:
+        raise ValueError(f"checkpoint {folder} does not fit this configuration's decoder and affinity: {bad[:4]}")
+
+
+def _student(config: Config, width: int, num_tokens: int, num_attention: int, num_classes: int) -> Student:
+    decoder, affinity = config.decoder, config.affinity
+    num_features = num_tokens if affinity.source == "attention+features" else 0
+
+    def pair_logit(prior: Any) -> PairLogit:
+        return PairLogit(
+            num_attention + num_features,
+            hidden=affinity.hidden,
+            clip=affinity.clip,
+            prior=prior,
+            num_feature_channels=num_features,
+        )
+
+    return Student(
+        Decoder(
+            num_blocks=num_tokens,
+            token_width=width,
+            num_classes=num_classes,
+            width=decoder.width,
+            depth=decoder.depth,
+            heads=decoder.heads,
+            mlp_ratio=decoder.mlp_ratio,
+            dropout=decoder.dropout,
+            normalize_tokens=decoder.normalize_tokens,
+        ),
+        pair_logit("low"),
+        pair_logit("high"),
+        source=affinity.source,  # type: ignore[arg-type]
+    )
+
+
+def _seed_settings(config: Config, clip: FrozenClip) -> SeedSettings:
+    cam: Any = config.cam
+    return SeedSettings(
+        generator=cam.generator,
+        scale=cam.scale or clip.logit_scale,
+        propagation=cam.propagation,
+        lambda_low=cam.lambda_low,
+        lambda_high=cam.lambda_high,
+        form=cam.form,
+        columns=cam.columns,
+        constant=cam.constant,
+        marginal=cam.marginal,
+        marginal_temperature=cam.marginal_temperature,
+        epsilon=cam.epsilon,
+        max_iterations=cam.iterations,
+        tolerance=cam.tolerance,
+    )
+
+
+def model_description(config: Config) -> dict[str, Any]:
+    """What a checkpoint's weights fit: kept in checkpoints, and compared when one is loaded for training."""
+    described = configuration.to_dict(config)
+    return {name: described[name] for name in ("clip", "decoder", "affinity")}

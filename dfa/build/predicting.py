@@ -1,0 +1,169 @@
+"""A trained model from its checkpoint alone, and what jobs/predict labels with it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfa import config as configuration
+from dfa.build.model import assemble, beside_conf, encoder, load_student
+from dfa.config import Config
+from dfa.data import storage
+from dfa.data.listing import ImageListing, list_images
+from dfa.data.shards import INDEX_NAME, ShardIndex, load_index
+from dfa.model.predictor import Predictor
+from dfa.model.segmenter import Segmenter
+from dfa.train.checkpoint import FOLDER, STATE_NAME, check_classes, find_checkpoint, read_info
+
+_SECTIONS = ("clip", "decoder", "affinity")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    scales: Sequence[float] = (1.0, 1.2, 1.5),
+    flip: bool = True,
+    clip_checkpoint: str | os.PathLike[str] | None = None,
+    clip_model: str | os.PathLike[str] | None = None,
+) -> Predictor:
+    """A predictor of a checkpoint; documented as `dfa.load`."""
+    folder = checkpoint_folder(checkpoint)
+    built = checkpoint_segmenter(folder, torch.device(device), clip_checkpoint=clip_checkpoint, clip_model=clip_model)
+    defaults = Config()
+    return Predictor(
+        built,
+        read_info(folder).class_names,
+        scales=scales,
+        flip=flip,
+        min_probability=defaults.label.min_probability,
+        max_pixels=defaults.data.max_pixels,
+    )
+
+
+def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    """A checkpoint's folder: `checkpoint` itself, or the best one of the run's folder `checkpoint`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(checkpoint)
+    if (folder / STATE_NAME).is_file():
+        return folder
+    if (folder / FOLDER).is_dir():
+        return find_checkpoint(folder, "best")
+    what = f"has no {STATE_NAME} and no {FOLDER}/" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{folder} {what}; give a checkpoint's folder (RUN/{FOLDER}/step-00000500) or a run's")
+
+
+def checkpoint_segmenter(
+    folder: Path,
+    device: torch.device,
+    *,
+    clip_checkpoint: str | os.PathLike[str] | None = None,
+    clip_model: str | os.PathLike[str] | None = None,
+) -> Segmenter:
+    """The segmenter that a checkpoint's own description asks for. It has no text bank: it makes logits, not seeds.
+
+    Args:
+        folder: of the checkpoint.
+        clip_checkpoint, clip_model: where the CLIP's weights and its model JSON are now, if not where they were in
+            training.
+
+    Raises:
+        ValueError: as `dfa.load`.
+    """
+    names = read_info(folder).class_names
+    config = checkpoint_config(folder, clip_checkpoint=clip_checkpoint, clip_model=clip_model)
+    clip = encoder(config, device)
+    no_text_KE = torch.zeros(0, clip.embed_dim, device=device)
+    built = assemble(config, clip, no_text_KE, num_classes=len(names))
+    load_student(built, folder, class_names=names)
+    return built
+
+
+def checkpoint_config(
+    folder: Path,
+    *,
+    clip_checkpoint: str | os.PathLike[str] | None = None,
+    clip_model: str | os.PathLike[str] | None = None,
+) -> Config:
+    """What a checkpoint says of its model, with the defaults elsewhere; the CLIP's files are known to be there.
+
+    Arguments and errors as in `checkpoint_segmenter`.
+    """
+    config = _described(read_info(folder).model, where=f"checkpoint {folder}")
+    if clip_checkpoint is not None:
+        config.clip.checkpoint = os.fspath(clip_checkpoint)
+    if clip_model is not None:
+        config.clip.model = os.fspath(clip_model)
+    _check_clip_files(config, folder)
+    return config
+
+
+def _described(description: Mapping[str, Any], *, where: str) -> Config:
+    """The configuration of a model description; every field must be there, so that no default changes the model."""
+    known, problems = configuration.to_dict(Config()), list[str]()
+    for name in _SECTIONS:
+        section = description.get(name)
+        given = set(section) if isinstance(section, Mapping) else set()
+        problems += [f"{name}.{each} is unknown here" for each in sorted(given - set(known[name]))]
+        problems += [f"{name}.{each} is missing" for each in sorted(set(known[name]) - given)]
+    if problems:
+        raise ValueError(
+            f"{where} describes a model of another version of dfa: {', '.join(problems[:4])}"
+            f"{f' and {len(problems) - 4} more' if problems[4:] else ''}"
+        )
+    return configuration.from_sections({name: description[name] for name in _SECTIONS}, where=where)
+
+
+def _check_clip_files(config: Config, folder: Path) -> None:
+    """Names of files that are not there, before open_clip takes them for names of its own."""
+    for field, suffixes in (("checkpoint", _WEIGHT_SUFFIXES), ("model", (".json",))):
+        name = getattr(config.clip, field)
+        if name.endswith(suffixes) and not Path(beside_conf(name)).is_file():
+            raise ValueError(
+                f"checkpoint {folder} was trained with clip.{field}={name}, and there is no such file"
+                f" (working directory {Path.cwd()}); give its place as clip_{field}= of dfa.load"
+            )
+
+
+def prediction_input(config: Config, class_names: tuple[str, ...]) -> ShardIndex | ImageListing:
+    """What predict.input holds: shards where it has an index.json, else images in all its sub-folders.
+
+    Raises:
+        ValueError: the field is empty, no such folder, no image there, or shards of other classes.
+    """
+    root = _input_root(config)
+    if storage.exists(storage.join(root, INDEX_NAME)):
+        index = load_index(root)
+        check_classes(index.class_names, class_names, where=f"predict.input {root}")
+        return index
+    return list_images(
+        root,
+        class_names=class_names,
+        images_per_shard=config.data.samples_per_shard,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def prediction_output(config: Config) -> str:
+    """The folder of the masks: predict.output, or RUN/predictions/NAME of the input.
+
+    Raises:
+        ValueError: it lies inside the input, where the next run would take its masks for images.
+    """
+    root = _input_root(config)
+    output = config.predict.output or storage.join(f"{config.run}/predictions", Path(root).resolve().name)
+    if "://" not in root + output and Path(output).resolve().is_relative_to(Path(root).resolve()):
+        raise ValueError(f"predict.output {output} lies inside predict.input {root}; choose a folder outside of it")
+    return output
+
+
+def _input_root(config: Config) -> str:
+    if not config.predict.input:
+        raise ValueError("predict.input is empty: give a folder of images, or of shards that jobs.shard wrote")
+    return config.predict.input
