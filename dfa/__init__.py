@@ -1,1 +1,55 @@
 """Weakly supervised semantic segmentation as a distributed system: image-level labels in, models and masks out."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dfa.model.predictor import Predictor
+
+__all__ = ["load"]
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    *,
+    device: "str | torch.device" = "cpu",
+    scales: Sequence[float] = (1.0, 1.2, 1.5),
+    flip: bool = True,
+    clip_checkpoint: str | os.PathLike[str] | None = None,
+    clip_model: str | os.PathLike[str] | None = None,
+) -> "Predictor":
+    """Load a trained model, ready to segment images.
+
+    >>> model = dfa.load("runs/demo")                                   # or runs/demo/checkpoints/step-00000240
+    >>> mask, scores = model.predict("photo.jpg")                       # (H, W) uint8 and (C + 1, H, W) float32
+    >>> [model.class_names[value - 1] for value in numpy.unique(mask) if value]
+    ['kite', 'wheel']
+    >>> mask, scores = model.predict("photo.jpg", crf=dfa.label.crf.PRESETS["deeplab"])    # borders along edges
+    >>> picture = PIL.Image.fromarray(mask); picture.putpalette(model.palette); picture.save("photo.png")
+
+    Neither configuration nor class list is needed: the checkpoint describes its model. Its files are verified by their
+    hashes, and nothing in them is unpickled.
+
+    Args:
+        checkpoint: folder of a checkpoint, or of a run, whose best one is taken (the newest where none was validated).
+        device: where to compute, e.g. "cuda".
+        scales: factors of an image's size to average over (METHOD 1.22); (1.0,) is three to five times as fast.
+        flip: average with the mirrored image.
+        clip_checkpoint: the frozen CLIP's weight file, where it is not found under the name that training used.
+        clip_model: its model JSON, likewise.
+
+    Returns:
+        A `dfa.model.predictor.Predictor`: `predict(image)`, `predict_batch(images)`, `class_names`, `palette`.
+
+    Raises:
+        ValueError: no checkpoint there, damaged files, CLIP weights that are absent or do not fit, or a model of another
+            version of dfa.
+    """
+    from dfa.build.predicting import load as load_predictor  # here, so that `import dfa.core` needs torch alone
+
+    return load_predictor(
+        checkpoint, device=device, scales=scales, flip=flip, clip_checkpoint=clip_checkpoint, clip_model=clip_model
+    )

@@ -96,6 +96,12 @@ def build_clip(model_json: str | Path) -> open_clip.CLIP:
     return open_clip.CLIP(**config)
 
 
+def patch_size_of(model: str) -> int:
+    """Pixels along a patch of an open_clip model, or of a model JSON, without building it."""
+    config, _ = _model_config(model)
+    return int(config["vision_cfg"]["patch_size"])
+
+
 def load_clip(
     model: str,
     checkpoint: str | Path,

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class ShardsConfig:
 
     train: str = ""
     val: str = ""
+    labels: str = ""  # loss.supervision=labels: a folder that jobs/pseudo_label wrote for the train shards, or follows
 
 
 @dataclass
@@ -168,7 +169,8 @@ class LossConfig:
 
     alignment: float = _number(0.1, 0.0, 100.0)  # lambda_1
     rectification: float = _number(0.2, 0.0, 100.0)  # lambda_2
-    supervision: str = _choice("pseudo", "pseudo", "masks")  # masks: the fully supervised bound, never a result
+    # labels: masks of shards.labels, a second stage; masks: ground truth, the fully supervised bound, never a result
+    supervision: str = _choice("pseudo", "pseudo", "labels", "masks")
 
 
 @dataclass
@@ -207,17 +209,44 @@ class CrfConfig:
 
 @dataclass
 class LabelConfig:
-    """Masks made by the label factory, for pseudo_label and evaluate."""
+    """Masks made by the label factory, for pseudo_label, evaluate and predict."""
 
     split: str = _choice("train", "train", "val")  # what jobs/pseudo_label labels
     checkpoint: str = "best"  # best, latest or a step
+    unary: str = _choice("cam", "cam", "model")  # what the CRF starts from in jobs/pseudo_label
+    restrict: bool = True  # unary model: only classes that the image-level labels name
+    unlabelled: str = _choice("background", "background", "skip")  # images without labels
     threshold: float = _number(0.0, 0.0, 1.0)  # constant background beside the CAM in the CRF; 0: cam.threshold
     sharpness: float = _number(1.0, 0.01, 100.0)  # exponent on the CAM before it is normalised to the CRF's unary
     min_probability: float = _number(0.01, 0.0, 1.0)  # model: classes that exceed this nowhere are left out of the CRF
     min_confidence: float = _number(0.0, 0.0, 0.999)  # pixels less certain than this become 255
-    batch_size: int = _number(16, 1, 100_000)  # images of one size at a time
+    compare_model: bool = False  # unary cam: the model looks too, so that the agreement of all three is known
+    output: str = ""  # folder or fsspec/pyarrow address of the labels; "": RUN/labels/SPLIT
+    soft: bool = False  # KEY.soft.png: probabilities of the classes of each image, 0..255
+    confidence: bool = False  # KEY.confidence.png: probability of the winner, 0..255
+    png: bool = False  # a folder of palette PNGs beside the label shards (VOC's form)
+    coco: bool = False  # a COCO instances JSON with run-length masks beside the label shards
+    worst: int = _number(24, 0, 1_000)  # samples on the page of the least confident; 0: no page
+    follow: bool = False  # label again whenever label.checkpoint names a newer checkpoint, until training has ended
+    follow_interval_s: float = _number(5.0, 0.1, 86_400.0)  # how often to look
+    batch_size: int = _number(16, 1, 100_000)  # images of one size class at a time
     batch_pixels: int = _number(400_000, 1, 1_000_000_000)  # and at most so many pixels
-    png: bool = False  # a folder of palette PNGs beside the label shards
+    crf_images: int = _number(4, 1, 100_000)  # images that one CRF task takes
+    scorers: int = _number(0, 0, 100_000)  # actors that hold the model; 0: as many as the free resources hold
+    scorer_cpus: float = _number(0.0, 0.0, 1_024.0)  # CPUs of each; 0: a quarter of one
+    scorer_gpus: float = _number(1.0, 0.001, 8.0)  # GPUs of each where train.use_gpu; 0.25: four share one
+    crf_cpus: float = _number(0.0, 0.0, 1_024.0)  # CPUs that one CRF task reserves; 0: what a scorer leaves of one
+    crf_resource: str = ""  # name of a custom Ray resource that nodes for CRF tasks have; "": any node
+
+
+@dataclass
+class PredictConfig:
+    """Masks of a trained model for any images, for jobs/predict."""
+
+    input: str = ""  # folder of images, or of shards
+    output: str = ""  # where the masks go; "": RUN/predict/NAME of the input
+    crf: bool = True
+    png: bool = True  # a folder of palette PNGs beside the shards
 
 
 @dataclass
@@ -262,6 +291,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     crf: CrfConfig = field(default_factory=CrfConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
 
@@ -282,6 +312,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
         layers.append((f"override {key}", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+    return _resolve(layers)
+
+
+def from_sections(sections: Mapping[str, Any], *, where: str) -> Config:
+    """A configuration of some sections as plain mappings, as a checkpoint holds them; the defaults elsewhere.
+
+    Raises:
+        ValueError: as in `load`; `where` tells what the sections are.
+    """
+    return _resolve([(where, dict(sections))])
+
+
+def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
     merged = OmegaConf.structured(Config)
     for where, layer in layers:
         for key in _flat(layer):

@@ -15,7 +15,6 @@ from dfa import build
 from dfa.config import Config
 from dfa.core.metrics import best_threshold, iou_per_class, mean_iou
 from dfa.data import storage
-from dfa.data.shards import read_samples
 from dfa.label import factory
 from dfa.label.factory import LabelPass
 from dfa.label.scoring import Tally
@@ -65,15 +64,17 @@ def _passes(config: Config) -> dict[str, LabelPass]:
 
 
 def _check_truth(label_pass: LabelPass, config: Config, split: str) -> None:
-    samples = read_samples(label_pass.index)[: label_pass.limit or None]
-    num_truth = sum(sample.has_mask for sample in samples)
+    num_truth = num_samples = 0
+    for _, rows in label_pass.images.samples(label_pass.limit or None):
+        num_truth += sum(row.has_mask for row in rows)
+        num_samples += len(rows)
     if num_truth == 0:
         raise ValueError(
-            f"shards.{split} {label_pass.index.root} holds no masks to score against; shard it with data.masks,"
+            f"shards.{split} {label_pass.images.root} holds no masks to score against; shard it with data.masks,"
             f" or leave its parts out of evaluate.parts={config.evaluate.parts}"
         )
-    if num_truth < len(samples):
-        log.warning("%d of the %d images of shards.%s have a mask and are scored", num_truth, len(samples), split)
+    if num_truth < num_samples:
+        log.warning("%d of the %d images of shards.%s have a mask and are scored", num_truth, num_samples, split)
 
 
 def _score(split: str, tally: Tally, label_pass: LabelPass, parts: list[str]) -> tuple[Result, dict[str, Tensor]]:

@@ -11,9 +11,9 @@ import torch
 from dfa import config as configuration
 from dfa.build.data import class_set, index
 from dfa.build.model import beside_conf, device, model_description, patch_size, trained_segmenter
-from dfa.build.predicting import checkpoint_segmenter, prediction_input, prediction_output
+from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, prediction_input, prediction_output
 from dfa.build.training import pseudo_settings
-from dfa.config import Config
+from dfa.config import ClipConfig, Config
 from dfa.data.shards import ShardIndex, sha256_of
 from dfa.label.crf import PRESETS, CrfSettings
 from dfa.label.factory import FactoryPlan, LabelPass
@@ -87,12 +87,11 @@ def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
 
 def predict_pass(config: Config) -> LabelPass:
     """The trained model's masks of what predict.input holds. Model and classes come from the checkpoint alone."""
-    info = read_info(find_checkpoint(Path(config.run), config.label.checkpoint))
-    found = prediction_input(config, info.class_names)
+    folder = _checkpoint(config)
+    found = prediction_input(config, read_info(folder).class_names)
     images = ShardImages(found) if isinstance(found, ShardIndex) else ListedImages(found)
-    patch, crf = patch_size(info.model["clip"]["model"]), config.predict.crf
-    name, output = f"predictions of {images.root}", prediction_output(config)
-    return _pass(config, name, "predict", images, output, with_crf=crf, limit=0, patch=patch)
+    name, output, clip = f"predictions of {images.root}", prediction_output(config), checkpoint_config(folder).clip
+    return _pass(config, name, "predict", images, output, with_crf=config.predict.crf, limit=0, clip=clip)
 
 
 def _shard_pass(
@@ -101,23 +100,31 @@ def _shard_pass(
     shards: ShardIndex = index(config, split)
     part = f"{split}_first_{limit}" if limit else split
     output = output or str(Path(config.run) / folder / part)
-    check_classes(read_info(_checkpoint(config)).class_names, shards.class_names, where=str(_checkpoint(config)))
-    name, patch = f"{folder} of {split}", patch_size(config.clip.model)
-    return _pass(config, name, scorer, ShardImages(shards), output, with_crf=with_crf, limit=limit, patch=patch)
+    checkpoint(config)  # refuses one of other classes
+    name, images = f"{folder} of {split}", ShardImages(shards)
+    return _pass(config, name, scorer, images, output, with_crf=with_crf, limit=limit, clip=config.clip)
 
 
 def _pass(
-    config: Config, name: str, scorer: str, images: ImageSet, output: str, *, with_crf: bool, limit: int, patch: int
+    config: Config,
+    name: str,
+    scorer: str,
+    images: ImageSet,
+    output: str,
+    *,
+    with_crf: bool,
+    limit: int,
+    clip: ClipConfig,
 ) -> LabelPass:
     label, from_cam = config.label, scorer == "seed"
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
-    clip_weights = Path(beside_conf(config.clip.checkpoint))
+    weights = Path(beside_conf(clip.checkpoint))
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
     decisive += [images.class_names, sha256_of(str(_checkpoint(config) / STATE_NAME))]
+    decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
     if scorer != "predict":
         decisive += [model_description(config)]
-        decisive += [sha256_of(str(clip_weights)) if clip_weights.is_file() else config.clip.checkpoint]
     if from_cam:
         decisive += [config.cam, _label_pseudo_settings(config), label.compare_model, class_set(config)]
     else:
@@ -139,7 +146,7 @@ def _pass(
         ),
         hash=configuration.digest(*decisive),
         max_pixels=config.data.max_pixels,
-        size_class=partial(size_class, scales=tuple(scales), multiple_of=patch),
+        size_class=partial(size_class, scales=tuple(scales), multiple_of=patch_size(clip.model)),
         limit=limit,
     )
 
@@ -156,7 +163,7 @@ def _scorer_maker(config: Config, folder: Path, scorers: Collection[str]) -> Cal
             return {"predict": partial(_model, checkpoint_segmenter(folder, on_device), config, restrict=False)}
         built = trained_segmenter(config, on_device, folder.name)
         return {
-            "seed": partial(_seeds, built, config),
+            "seed": partial(seed_images, built, config),
             "model": partial(_model, built, config, restrict=False),
             "restricted": partial(_model, built, config, restrict=True),
         }
@@ -164,7 +171,9 @@ def _scorer_maker(config: Config, folder: Path, scorers: Collection[str]) -> Cal
     return make
 
 
-def _seeds(built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels) -> list[ImageScores]:
+def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels) -> list[ImageScores]:
+    """Seeds of images of one size class (3 x H x W uint8) that show `labels` (1..C), with the background's score: what
+    a scorer of the factory does."""
     labels_BC = torch.zeros(len(labels), len(class_set(config).names), dtype=torch.bool)
     for row, present in zip(labels_BC, labels, strict=True):
         row[[number - 1 for number in present]] = True

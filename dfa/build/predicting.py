@@ -151,13 +151,13 @@ def prediction_input(config: Config, class_names: tuple[str, ...]) -> ShardIndex
 
 
 def prediction_output(config: Config) -> str:
-    """The folder of the masks: predict.output, or RUN/predictions/NAME of the input.
+    """The folder of the masks: predict.output, or RUN/predict/NAME of the input.
 
     Raises:
         ValueError: it lies inside the input, where the next run would take its masks for images.
     """
     root = _input_root(config)
-    output = config.predict.output or storage.join(f"{config.run}/predictions", Path(root).resolve().name)
+    output = config.predict.output or storage.join(f"{config.run}/predict", Path(root).resolve().name)
     if "://" not in root + output and Path(output).resolve().is_relative_to(Path(root).resolve()):
         raise ValueError(f"predict.output {output} lies inside predict.input {root}; choose a folder outside of it")
     return output

@@ -23,6 +23,7 @@ from dfa.train.step import StepSettings, TrainStep
 logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 8
+_SMALLEST_WINDOW_BYTES = 32 * 2**20
 
 
 def pseudo_settings(config: Config) -> PseudoSettings:
@@ -77,13 +78,14 @@ def loop_plan(config: Config) -> LoopPlan:
     train, shards = config.train, index(config, "train")
     if config.crop.scale_min > config.crop.scale_max:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
+    labels = _labels_address(config, shards)
     return LoopPlan(
         run_folder=str(Path(config.run).resolve()),
         class_names=shards.class_names,
         model_description=model_description(config),
         num_samples=shards.num_samples,
         make_objective=_objective_maker(config),
-        make_dataset=_dataset_maker(config, shards),
+        make_dataset=_dataset_maker(config, shards, labels),
         make_validation=_validation_maker(config, index(config, "val")) if config.shards.val else None,
         total_steps=train.steps,
         global_batch=train.batch_size,
@@ -103,6 +105,7 @@ def loop_plan(config: Config) -> LoopPlan:
         keep_last=train.keep_checkpoints,
         log_every=train.log_every,
         seed=train.seed,
+        window_bytes=_window_bytes(config, shards, labels),
     )
 
 
@@ -119,14 +122,13 @@ def _objective_maker(config: Config) -> Callable[[torch.device], TrainStep]:
     return lambda device: train_step(config, device)
 
 
-def _dataset_maker(config: Config, shards: ShardIndex) -> Callable[[Progress, Resources], Any]:
+def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Callable[[Progress, Resources], Any]:
     crop = CropSettings(
         size=config.crop.size,
         scale_range=(config.crop.scale_min, config.crop.scale_max),
         flip_probability=config.crop.flip,
         max_pixels=config.data.max_pixels,
     )
-    labels = _labels_address(config, shards)
 
     def make(progress: Progress, resources: Resources) -> Any:
         return train_stream(
@@ -166,6 +168,17 @@ def _labels_address(config: Config, shards: ShardIndex) -> str | None:
     else:
         check_labels(folder, shards)
     return root
+
+
+def _window_bytes(config: Config, shards: ShardIndex, labels: str | None) -> int:
+    """Pixels decoded ahead of training. Where labels are refreshed beside it, about half an epoch: they come that late.
+
+    The demo's whole run is smaller than the usual window: it would be read before the first refresh.
+    """
+    if labels is None or resolve(labels) == labels:
+        return LoopPlan.window_bytes
+    epoch_bytes = shards.num_samples * config.crop.size**2 * 5  # RGB, valid and label
+    return min(LoopPlan.window_bytes, max(_SMALLEST_WINDOW_BYTES, epoch_bytes // 2))
 
 
 def _validation_maker(config: Config, shards: ShardIndex) -> Callable[[int, int], Iterable[Batch]]:

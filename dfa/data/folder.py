@@ -51,7 +51,7 @@ class FolderSource:
         mask_folder = None if self.masks is None else os.path.join(self.root, self.masks)
         if mask_folder is not None and not os.path.isdir(mask_folder):
             raise ValueError(f"masks={self.masks!r} but there is no folder {mask_folder}")
-        names = self._names(mask_folder)
+        names = image_names(self.root, without=mask_folder)
         table = self._table()
         used = set()
         for name in names:
@@ -68,20 +68,6 @@ class FolderSource:
         for name in sorted(set(table or ()) - used):
             reason = f"listed in {self.table} but not there"
             yield Reject(sample_key(strip_image_extension(name) or "_"), os.path.join(self.root, name), reason)
-
-    def _names(self, mask_folder: str | None) -> list[str]:
-        """List the images as sorted relative paths; the mask folder and hidden files are none."""
-        skipped = None if mask_folder is None else os.path.realpath(mask_folder)
-        names = []
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) != skipped]
-            relative = os.path.relpath(folder, self.root)
-            for name in files:
-                if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
-                    names.append(os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/"))
-        if not names:
-            raise ValueError(f"no image in {self.root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders)")
-        return sorted(names)
 
     def _table(self) -> dict[str, Labels] | None:
         if self.table is None:
@@ -102,3 +88,26 @@ class FolderSource:
         with contextlib.suppress(ValueError):
             return (self.classes.index(folder),)
         return LabelProblem(f"unknown class folder {folder!r}; nearest known: {nearest(folder, self.classes.names)!r}")
+
+
+def image_names(root: str, *, without: str | None = None) -> list[str]:
+    """List the images in all sub-folders as sorted paths relative to `root`; hidden files and folders are none.
+
+    Args:
+        root: folder.
+        without: a sub-folder to leave out (masks), or None.
+
+    Raises:
+        ValueError: no image there.
+    """
+    skipped = None if without is None else os.path.realpath(without)
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) != skipped]
+        relative = os.path.relpath(folder, root)
+        for name in files:
+            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
+                names.append(os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/"))
+    if not names:
+        raise ValueError(f"no image in {root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders)")
+    return sorted(names)

@@ -6,6 +6,7 @@ seconds and 200 MB.
 What is trained is a pure function of numbers: `epoch_order(shard_sizes, seed, epoch)` orders an epoch,
 `remaining_items` cuts the first `num_samples` of the epochs in a row and takes out what was consumed already, and each
 crop is keyed by (seed, epoch, key). A sample's global number is its row in the whole index (shards in index order).
+Offline pseudo-labels are the one thing beside: they are those that lie there when a shard is read.
 """
 
 import logging
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dfa.data.offline import OfflineLabels
+from dfa.data.samples import check_mask_values
 from dfa.data.shards import RawSample, read_shard
-from dfa.data.transforms import VOID, augment, decode_mask, decode_rgb, sample_rng
+from dfa.data.transforms import VOID, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +98,11 @@ def remaining_items(
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns items of one shard into blocks. Small, because every read task carries one."""
+    """Turns items of one shard into blocks. Small, because every read task carries one.
+
+    with_masks: rows carry the ground truth. labels: rows carry the offline pseudo-label of their key, and in `given`
+    whether there is one; a row without is void everywhere.
+    """
 
     path: str
     offset: int
@@ -103,41 +110,57 @@ class Reader:
     seed: int
     crop: CropSettings
     with_masks: bool
+    labels: OfflineLabels | None = None
+
+    def __post_init__(self) -> None:
+        if self.with_masks and self.labels is not None:
+            raise ValueError(f"ground truth and the labels of {self.labels.root} cannot both be the mask of a sample")
 
     @property
     def row_bytes(self) -> int:
-        return self.crop.size**2 * (5 if self.with_masks else 4) + self.num_classes + 64
+        return self.crop.size**2 * (4 + self._has_mask) + self.num_classes + 64
+
+    @property
+    def _has_mask(self) -> bool:
+        return self.with_masks or self.labels is not None
 
     def blocks(self, item: Item, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Read the shard once, then decode in the item's order, one bounded block at a time."""
         raws = {raw.row: raw for raw in read_shard(self.path, wanted=set(item.rows.tolist()))}
+        labels = self._labels({raw.key for raw in raws.values()})
         step = max(1, BLOCK_BYTES // self.row_bytes)
         for start in range(0, len(item.rows), step):
-            yield to_block(
-                _stack([self._row(item.epoch, raws.pop(int(row))) for row in item.rows[start : start + step]])
-            )
+            part = [raws.pop(int(row)) for row in item.rows[start : start + step]]
+            yield to_block(_stack([self._row(item.epoch, raw, labels.pop(raw.key, None)) for raw in part]))
 
     def filler(self, num_rows: int, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Rows that stand for no sample, so that every worker gets equally many."""
         yield to_block(_stack([self._blank(0, -1, "", FILLER)] * num_rows))
 
-    def _row(self, epoch: int, raw: RawSample) -> dict[str, Any]:
+    def _labels(self, keys: set[str]) -> dict[str, bytes]:
+        """Resolved anew for every item, so that a running training sees refreshed labels."""
+        return {} if self.labels is None else self.labels.masks(self.path.rsplit("/", 1)[-1], keys)
+
+    def _row(self, epoch: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
         sample = self.offset + raw.row
         try:
-            return self._decode(epoch, sample, raw)
+            return self._decode(epoch, sample, raw, label)
         except ValueError as error:
             logger.warning("sample %s of %s is left out: %s", raw.key, self.path, error)
             return self._blank(epoch, sample, raw.key, str(error) or "unreadable")
 
-    def _decode(self, epoch: int, sample: int, raw: RawSample) -> dict[str, Any]:
+    def _decode(self, epoch: int, sample: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
         row = self._blank(epoch, sample, raw.key, "")
         if raw.labels and raw.labels[-1] > self.num_classes:
             raise ValueError(f"label {raw.labels[-1]} of a data set with {self.num_classes} classes")
+        if self.with_masks and raw.mask is None:
+            raise ValueError("masks were asked for and the sample has none")
         image, mask = decode_rgb(raw.image, max_pixels=self.crop.max_pixels), None
-        if self.with_masks:
-            if raw.mask is None:
-                raise ValueError("masks were asked for and the sample has none")
-            mask = decode_mask(raw.mask, max_pixels=self.crop.max_pixels)
+        if (data := raw.mask if self.with_masks else label) is not None:
+            mask = decode_mask(data, max_pixels=self.crop.max_pixels)
+        if label is not None and mask is not None:
+            _check_label(mask, image, self.num_classes)
+            row["given"] = np.True_
         crop = augment(
             image,
             mask,
@@ -148,7 +171,7 @@ class Reader:
         )
         row["image"], row["valid"] = crop.image.transpose(2, 0, 1), crop.valid
         row["labels"][[c - 1 for c in raw.labels]] = True
-        if self.with_masks:
+        if crop.mask is not None:
             row["mask"] = crop.mask
         return row
 
@@ -159,9 +182,16 @@ class Reader:
             "valid": np.zeros((size, size), bool),
             "labels": np.zeros(self.num_classes, bool),
         }
-        row |= {"mask": np.full((size, size), VOID, np.uint8)} if self.with_masks else {}
+        row |= {"mask": np.full((size, size), VOID, np.uint8)} if self._has_mask else {}
+        row |= {"given": np.False_} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
 
 
 def _stack(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _check_label(label_HW: UInt8Array, image_HW3: UInt8Array, num_classes: int) -> None:
+    if label_HW.shape != image_HW3.shape[:2]:
+        raise ValueError(f"pseudo-label is {label_HW.shape}, image is {image_HW3.shape[:2]} (height, width)")
+    check_mask_values(label_HW, num_classes=num_classes, where="pseudo-label")

@@ -66,13 +66,14 @@ class Reject:
 def sample_key(name: str) -> str:
     """Return the key of an image name (without extension): anything but letters, digits, `_`, `-` becomes `_`.
 
-    WebDataset splits member names at the first dot and some tools at slashes. Names beyond 80 characters keep their
-    first 63 and end in a hash. Two names may meet in one key; `plan_shards` refuses that.
+    WebDataset splits member names at the first dot and some tools at slashes. Names beyond 80 characters, of which the
+    first 63 are kept, and names in other scripts, of which little is left, end in a hash. Two names may still meet in one
+    key; `plan_shards` refuses that.
     """
     key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
     if not key:
         raise ValueError("an image has an empty name")
-    if len(key) > _MAX_KEY_LENGTH:
+    if len(key) > _MAX_KEY_LENGTH or not name.isascii():
         key = key[:63] + "-" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     return key
 

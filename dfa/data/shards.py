@@ -18,9 +18,12 @@ import json
 import re
 import tarfile
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO
 
+import pyarrow
 import pyarrow.parquet
 
 from dfa.data import storage
@@ -33,6 +36,17 @@ REJECTS_NAME = "rejects.jsonl"
 IMAGE_EXTENSIONS = ("jpg", "png")
 LABEL_EXTENSION = "json"
 MASK_EXTENSION = "mask.png"
+SAMPLES_SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        ("shard", pyarrow.string()),
+        ("row", pyarrow.int32()),
+        ("labels", pyarrow.list_(pyarrow.int16())),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("has_mask", pyarrow.bool_()),
+    ]
+)
 
 # A member larger than this is no photograph: a broken or hostile header must not make us allocate it.
 _MAX_MEMBER_BYTES = 512 * 2**20
@@ -40,6 +54,7 @@ _MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.]+)")
 # A POSIX tar ends with two zero blocks. tarfile stops silently at a damaged header or at the end of the file, so that
 # without this check a shard cut between two members would just look shorter.
 _END_OF_ARCHIVE = bytes(1024)
+_ROWS_AT_A_TIME = 1024
 
 
 class BrokenShardError(ValueError):
@@ -149,14 +164,63 @@ def load_index(root: str) -> ShardIndex:
 
 
 def read_samples(index: ShardIndex) -> tuple[SampleRow, ...]:
-    """Return every row of samples.parquet, in shard and row order."""
+    """Return every row of samples.parquet, in shard and row order; `samples_by_shard` holds one shard's at a time."""
+    return tuple(row for _, rows in samples_by_shard(index, limit=None) for row in rows)
+
+
+def samples_by_shard(index: ShardIndex, *, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
+    """Read samples.parquet shard by shard; memory holds the rows of one shard, however long the file is.
+
+    Args:
+        index: the shards, in whose order the file lies.
+        limit: only the first so many samples: the last shard's rows may be cut, shards after it do not come. None: all.
+
+    Raises:
+        ValueError: the file's number of rows, their shards or their order differ from the index; a negative limit.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit={limit} must be at least 0, or None for all samples")
     address = storage.join(index.root, SAMPLES_NAME)
-    with storage.open_read(address) as file:
-        table = pyarrow.parquet.read_table(file)
-    rows = tuple(SampleRow(**{**row, "labels": tuple(row["labels"])}) for row in table.to_pylist())
-    if len(rows) != index.num_samples:
-        raise ValueError(f"{address} has {len(rows)} rows, {INDEX_NAME} says {index.num_samples}")
-    return rows
+    with storage.open_read(address) as opened, _open_parquet(opened, address) as file:
+        if file.metadata.num_rows != index.num_samples:
+            raise ValueError(f"{address} has {file.metadata.num_rows} rows, {INDEX_NAME} says {index.num_samples}")
+        left = index.num_samples if limit is None else min(limit, index.num_samples)
+        found = _sample_rows(file)
+        for shard in index.shards:
+            if left <= 0:
+                return
+            rows = tuple(islice(found, shard.num_samples))
+            _check_rows(address, shard, rows)
+            yield shard, rows[:left]
+            left -= len(rows)
+
+
+def _open_parquet(opened: BinaryIO, address: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        file = pyarrow.parquet.ParquetFile(opened)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{address} is no parquet file: {error}") from error
+    if missing := set(SAMPLES_SCHEMA.names) - set(file.schema_arrow.names):
+        raise ValueError(f"{address} has no columns {sorted(missing)}; it holds {file.schema_arrow.names}")
+    return file
+
+
+def _sample_rows(file: pyarrow.parquet.ParquetFile) -> Iterator[SampleRow]:
+    for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=SAMPLES_SCHEMA.names):
+        columns = [batch.column(name).to_pylist() for name in SAMPLES_SCHEMA.names]
+        for key, shard, row, labels, width, height, has_mask in zip(*columns, strict=True):
+            yield SampleRow(key, shard, row, tuple(labels), width, height, has_mask)
+
+
+def _check_rows(address: str, shard: ShardEntry, rows: tuple[SampleRow, ...]) -> None:
+    if len(rows) != shard.num_samples:
+        raise ValueError(f"{address} ends after {len(rows)} of the {shard.num_samples} samples of {shard.name}")
+    for position, row in enumerate(rows):
+        if (row.shard, row.row) != (shard.name, position):
+            raise ValueError(
+                f"{address}: key {row.key!r} is row {row.row} of {row.shard}, {INDEX_NAME} has row {position} of "
+                f"{shard.name} ({shard.num_samples} samples) here"
+            )
 
 
 def sha256_of(address: str) -> str:
@@ -183,23 +247,28 @@ def verify(root: str) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def read_shard(path: str, *, wanted: Collection[int | str] | None = None) -> Iterator[RawSample]:
+def read_shard(
+    path: str, *, wanted: Collection[int | str] | None = None, file: BinaryIO | None = None
+) -> Iterator[RawSample]:
     """Read the samples of one shard in order, straight from the tar.
 
     Args:
         path: address of a .tar file.
         wanted: row numbers or keys to return; the bytes of the others are skipped, not read. None: all.
+        file: the content, where a caller holds it already; read from its start and left open. `path` is then its name.
 
     Raises:
-        BrokenShardError: truncated or damaged tar (after the good samples were yielded), unsafe or foreign members, or
-            wanted rows that the shard does not have.
+        FileNotFoundError, StoreError: the shard cannot be opened.
+        BrokenShardError: truncated or damaged tar or a lost connection (after the good samples were yielded), unsafe or
+            foreign members, or wanted rows that the shard does not have.
     """
     remaining = None if wanted is None else set(wanted)
     last_key: str | None = None
-    with storage.open_read(path) as file:
+    with storage.open_read(path) if file is None else nullcontext(file) as opened:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for row, (key, members) in enumerate(_group(tar, file, path)):
+            opened.seek(0)
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                for row, (key, members) in enumerate(_group(tar, opened, path)):
                     if remaining is None or row in remaining or key in remaining:
                         yield _raw_sample(tar, path, row, key, members)
                         if remaining is not None:
@@ -262,7 +331,7 @@ def _raw_sample(tar: tarfile.TarFile, path: str, row: int, key: str, members: di
     mask = members.get(MASK_EXTENSION)
     return RawSample(
         key=key,
-        shard=path.rsplit("/", 1)[-1],
+        shard=storage.base_name(path),
         row=row,
         image=_member_bytes(tar, members[images[0]]),
         labels=tuple(label["labels"]),

@@ -246,7 +246,7 @@ class CocoSource:
             raise ValueError(f"crowd is {self.crowd!r}; allowed: 'class', 'void', 'drop'")
 
     def __iter__(self) -> Iterator[Sample | Reject]:
-        document = self._document()
+        document = read_coco(self.annotations)
         contiguous = contiguous_indices(document["categories"], classes=self.classes, where=self.annotations)
         by_image: dict[int, list[dict[str, Any]]] = {}
         for annotation in document["annotations"]:
@@ -261,22 +261,13 @@ class CocoSource:
         for image in sorted(document["images"], key=lambda image: str(image["file_name"])):
             name = str(image["file_name"])
             path = os.path.join(self.images, name)
-            key = sample_key(strip_image_extension(name))
+            key = coco_key(name)
             if os.path.isabs(name) or ".." in name.split("/"):
                 yield Reject(key, name, "file_name leaves the image folder")
             elif name not in on_disk and not os.path.isfile(path):
                 yield Reject(key, path, f"listed in {self.annotations} but not there")
             else:
                 yield self._sample(key, path, image, by_image.get(image["id"], []), contiguous, table)
-
-    def _document(self) -> dict[str, Any]:
-        if not os.path.isfile(self.annotations):
-            raise ValueError(f"no annotation file {self.annotations}")
-        document = storage.read_json(self.annotations)
-        for part in ("images", "annotations", "categories"):
-            if not isinstance(document, dict) or not isinstance(document.get(part), list):
-                raise ValueError(f"{self.annotations} is no COCO instances file: it has no list {part!r}")
-        return document
 
     def _sample(
         self,
@@ -314,6 +305,26 @@ class CocoSource:
             rank = (not crowd, -int(coco_mask.area(code)), int(annotation["id"]))  # type: ignore[arg-type]
             order.append((rank, Segment(value, code["counts"])))
         return MaskSegments(height, width, tuple(segment for _, segment in sorted(order, key=lambda pair: pair[0])))
+
+
+def read_coco(annotations: str) -> dict[str, Any]:
+    """Read a COCO instances JSON with its lists `images`, `annotations` and `categories`.
+
+    Raises:
+        ValueError: no such file, broken JSON, or a list that is missing.
+    """
+    if not storage.exists(annotations):
+        raise ValueError(f"no annotation file {annotations}")
+    document = storage.read_json(annotations)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(part), list):
+            raise ValueError(f"{annotations} is no COCO instances file: it has no list {part!r}")
+    return document
+
+
+def coco_key(file_name: str) -> str:
+    """Return the sample key of a COCO `file_name`."""
+    return sample_key(strip_image_extension(file_name))
 
 
 def contiguous_indices(categories: list[dict[str, Any]], *, classes: ClassSet, where: str) -> dict[int, int]:

@@ -19,6 +19,7 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from torch import Tensor
 
+from dfa.data.offline import OfflineLabels
 from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, remaining_items, shard_offsets
 from dfa.data.shards import RawSample, ShardIndex, read_shard
 from dfa.data.transforms import decode_mask, decode_rgb
@@ -46,11 +47,13 @@ class Batch:
         image_B3HW: uint8 RGB.
         valid_BHW: bool, False on padding.
         labels_BC: bool, image-level labels; column c - 1 is class c.
-        mask_BHW: uint8 class indices, 255 on void and padding, or None where masks were not asked for.
+        mask_BHW: uint8 class indices, 255 on void and padding, or None where neither masks nor labels were asked for.
         keys: sample keys, length B.
         epoch_B: int64.
         sample_B: int64, global number of the sample in the index.
         rejected: samples that came with this batch and could not be read.
+        given_B: bool, True where mask_BHW is an offline pseudo-label, False where there is none yet and mask_BHW is void
+            everywhere; None where mask_BHW is ground truth or None.
     """
 
     image_B3HW: Tensor
@@ -61,6 +64,7 @@ class Batch:
     epoch_B: Tensor
     sample_B: Tensor
     rejected: tuple[ReadReject, ...] = ()
+    given_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -123,6 +127,7 @@ def train_stream(
     multiple_of: int,
     read_cpus: float,
     max_readers: int,
+    labels: str | None = None,
 ) -> ray.data.Dataset:
     """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
 
@@ -137,15 +142,19 @@ def train_stream(
         read_cpus: CPUs that one read task reserves; fractional, or two workers leave none for reading on a small
             machine and the run hangs.
         max_readers: read tasks at a time. Each holds one shard's encoded bytes and one block of pixels.
+        labels: address of offline pseudo-labels (see `dfa.data.offline`), which become `mask_BHW`; looked up anew for
+            every shard that is read, so refreshed ones come as late as Ray reads ahead (`ingest_options`).
 
     Raises:
+        ValueError: with_masks and labels together; while reading, labels that are not of these shards.
         BrokenShardError (while reading): a shard that cannot be read; it is named.
     """
     offsets = shard_offsets([s.num_samples for s in index.shards])
+    offline = None if labels is None else OfflineLabels(labels, index.class_names, index.plan_hash)
 
     def reader(shard: int) -> Reader:
         path = index.path(index.shards[shard].name)
-        return Reader(path, int(offsets[shard]), len(index.class_names), seed, crop, with_masks)
+        return Reader(path, int(offsets[shard]), len(index.class_names), seed, crop, with_masks, offline)
 
     items = remaining_items(
         [s.num_samples for s in index.shards],
@@ -207,6 +216,7 @@ def to_batch(columns: Mapping[str, Array]) -> Batch:
             ReadReject(int(columns["epoch"][i]), int(columns["sample"][i]), str(columns["key"][i]), str(reject[i]))
             for i in bad
         ),
+        given_B=tensor("given") if "given" in columns else None,
     )
 
 

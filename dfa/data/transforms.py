@@ -9,7 +9,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ CLIP_MEAN_COLOR = (123, 117, 104)
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_MAGIC_BYTES = 8
 _EXIF_ORIENTATION = 274
 # What PIL raises on broken files, by experience and by its sources; anything else is a bug and shall surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -42,17 +43,22 @@ def image_extension(data: bytes) -> Literal["jpg", "png"]:
     raise ValueError(f"not a JPEG or PNG file (it starts with {data[:8]!r}); convert it to one of the two")
 
 
-def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+def _open(file: BinaryIO, *, max_pixels: int) -> Image.Image:
     """Open without decoding, so that an oversized picture is refused before its pixels take memory."""
-    image_extension(data)
+    image_extension(file.read(_MAGIC_BYTES))
+    file.seek(0)
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        image = Image.open(file, formats=("JPEG", "PNG"))
     except _BROKEN as error:
         raise ValueError(f"cannot read the image header: {error}") from error
+    _check_size(image, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"image has {width} x {height} = {width * height} pixels, more than max_pixels={max_pixels}")
-    return image
 
 
 def _load(image: Image.Image) -> Image.Image:
@@ -65,7 +71,16 @@ def _load(image: Image.Image) -> Image.Image:
 
 def orientation(data: bytes, *, max_pixels: int) -> int:
     """Return the EXIF orientation (1 = upright or not given). It is never applied; see the module's docstring."""
-    return int(_open(data, max_pixels=max_pixels).getexif().get(_EXIF_ORIENTATION, 1) or 1)
+    return int(_open(io.BytesIO(data), max_pixels=max_pixels).getexif().get(_EXIF_ORIENTATION, 1) or 1)
+
+
+def image_size(file: BinaryIO, *, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height) of a JPEG or PNG in the stored frame, from its header alone.
+
+    Raises:
+        ValueError: another format, a broken header, more than `max_pixels`.
+    """
+    return _open(file, max_pixels=max_pixels).size
 
 
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
@@ -83,7 +98,13 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
     Raises:
         ValueError: another format, too many pixels, truncated or broken data.
     """
-    image = _load(_open(data, max_pixels=max_pixels))
+    return rgb_pixels(_open(io.BytesIO(data), max_pixels=max_pixels), max_pixels=max_pixels)
+
+
+def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
+    """Return the pixels of an opened picture, uint8 (H, W, 3), converted as in `decode_rgb` and with its errors."""
+    _check_size(image, max_pixels)
+    image = _load(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
@@ -100,7 +121,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> UInt8Array:
     """
     if image_extension(data) != "png":
         raise ValueError("mask is a JPEG: lossy compression changes class indices, a PNG is needed")
-    image = _load(_open(data, max_pixels=max_pixels))
+    image = _load(_open(io.BytesIO(data), max_pixels=max_pixels))
     if image.mode not in ("P", "L"):
         raise ValueError(
             f"mask has mode {image.mode}, not class indices: needed is a palette (P) or 8-bit grey (L) PNG "
@@ -118,6 +139,13 @@ def encode_mask(mask_HW: UInt8Array, palette: UInt8Array) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
+
+
+def encode_grey(map_HW: UInt8Array) -> bytes:
+    """Encode an 8-bit map (H, W) as a grey PNG. Same input, same bytes."""
+    file = io.BytesIO()
+    Image.fromarray(map_HW).save(file, "PNG")
+    return file.getvalue()
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:

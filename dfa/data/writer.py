@@ -34,27 +34,18 @@ from dfa.data.shards import (
     MASK_EXTENSION,
     REJECTS_NAME,
     SAMPLES_NAME,
+    SAMPLES_SCHEMA,
     SampleRow,
     ShardIndex,
     load_index,
     sha256_of,
 )
 from dfa.data.sources import mask_array
+from dfa.data.storage import write_json
 from dfa.data.transforms import decode_rgb, encode_mask, image_extension, orientation
 
 PLAN_KIND = "dfa-shard-plan"
 PLAN_NAME = "plan.json"
-_SAMPLE_SCHEMA = pyarrow.schema(
-    [
-        ("key", pyarrow.string()),
-        ("shard", pyarrow.string()),
-        ("row", pyarrow.int32()),
-        ("labels", pyarrow.list_(pyarrow.int16())),
-        ("width", pyarrow.int32()),
-        ("height", pyarrow.int32()),
-        ("has_mask", pyarrow.bool_()),
-    ]
-)
 
 logger = logging.getLogger(__name__)
 
@@ -212,12 +203,6 @@ def _check_same_plan(address: str, wanted: dict[str, Any]) -> None:
         f"{address} belongs to another configuration ({'; '.join(different) or 'other paths, labels or masks'}); "
         "choose another folder, or delete this one to shard anew"
     )
-
-
-def write_json(address: str, document: dict[str, Any]) -> None:
-    """Write a JSON file atomically; the same document gives the same bytes."""
-    data = (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
-    storage.write_atomic(address, lambda file: file.write(data))
 
 
 def marker_address(root: str, shard: str) -> str:
@@ -404,5 +389,5 @@ def _write_rejects(root: str, rejects: list[Reject]) -> None:
 
 
 def _write_samples(root: str, rows: list[SampleRow]) -> None:
-    table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=_SAMPLE_SCHEMA)
+    table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=SAMPLES_SCHEMA)
     storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: pyarrow.parquet.write_table(table, file))

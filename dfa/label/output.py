@@ -1,41 +1,63 @@
 """Label shards on disk, joined by key with the image shards that they label. In one folder, in commit order:
 
-    plan.json            which labels these are; a folder without it is never written into
-    shard-000000.tar     KEY.png (palette PNG, 0..C and 255) and KEY.json (labels, size, pixels by class, confidence)
-    shard-000000.json    commit marker: counts, rejects, sha256 of both shards, hash of what decides the content
-    index.json           last; without it the folder is unfinished
+    plan.json                  which labels these are; a folder without it is never written into
+    shard-000000.tar           KEY.png (palette PNG, 0..C and 255) and KEY.json (labels, size, pixels by class, confidence);
+                               where asked for KEY.soft.png (8-bit maps below each other, in the order of the JSON's
+                               "classes") and KEY.confidence.png (8-bit)
+    timings/shard-000000.json  processor and wall seconds
+    shard-000000.json          commit marker: counts, rejects, quality of each sample, hash of what decides the content,
+                               sha256 of both shards
+    samples.parquet            a row a sample: confidence, share of 255, labelled classes without a pixel, agreement
+    index.json                 last; without it the folder is unfinished
 
 Shards have the names of the image shards, and their form with the mask in the image's place: `dfa.data.shards.read_shard`
-and any WebDataset reader take them. No file holds a time or a path: the same work gives the same bytes.
+and any WebDataset reader take them. Outside timings/ no file holds a time or a path: the same work gives the same bytes.
 """
 
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 
 from dfa.data import storage
-from dfa.data.shards import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    LABEL_EXTENSION,
-    SampleRow,
-    ShardIndex,
-    read_shard,
-    sha256_of,
-)
+from dfa.data.offline import LABELS_KIND
+from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, SampleRow, sha256_of
 from dfa.data.writer import PLAN_NAME, add_member, marker_address, write_json
-from dfa.label.scoring import LabelSettings, Tally
+from dfa.label.scoring import Agreement, LabelSettings, Tally
 
-PLAN_KIND, INDEX_KIND = "dfa-label-plan", "dfa-labels"
+PLAN_KIND = "dfa-label-plan"
+MASK_EXTENSION, SOFT_EXTENSION, CONFIDENCE_EXTENSION = "png", "soft.png", "confidence.png"
+TIMINGS_FOLDER = "timings"
 _COUNTS = ("pixels_C", "argmax_CC", "mask_CC", "sweep_TCC")
+_SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        ("shard", pyarrow.string()),
+        ("row", pyarrow.int32()),
+        ("labels", pyarrow.list_(pyarrow.int32())),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("confidence", pyarrow.float32()),
+        ("void_share", pyarrow.float32()),
+        ("empty", pyarrow.list_(pyarrow.int32())),
+        ("agreement_seed", pyarrow.float32()),
+        ("agreement_model", pyarrow.float32()),
+        ("agreement_seed_model", pyarrow.float32()),
+    ]
+)
+
+
+class UnwritableError(ValueError):
+    """The labels' folder cannot be written: full, read-only, or gone. What is committed stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +65,37 @@ class LabelItem:
     """The unit of work: one image shard, or its first rows. hash covers all that decides the label shard's bytes."""
 
     shard: str
-    image_path: str
     image_sha256: str
-    rows: tuple[SampleRow, ...]
+    num_rows: int
     hash: str
 
 
 @dataclass(frozen=True)
-class LabelRecord:
-    """One sample's two members, encoded."""
+class Quality:
+    """What is known of a sample's label without ground truth; rates in [0, 1].
 
-    row: int
+    empty: image-level labels without a pixel in the mask. Others: see `dfa.label.scoring.Agreement`.
+    """
+
     key: str
-    png: bytes
-    json: bytes
+    row: int
+    labels: tuple[int, ...]
+    width: int
+    height: int
+    confidence: float
+    void_share: float
+    empty: tuple[int, ...]
+    agreement_seed: float
+    agreement_model: float | None
+    agreement_seed_model: float | None
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    """One sample: its members by extension, encoded, and its quality."""
+
+    members: Mapping[str, bytes]
+    quality: Quality
 
 
 @dataclass(frozen=True)
@@ -79,6 +118,7 @@ class ShardReport:
     hash: str
     rejects: tuple[LabelReject, ...]
     tally: Tally
+    samples: tuple[Quality, ...]
 
 
 @dataclass(frozen=True)
@@ -95,11 +135,17 @@ def claim(root: str, *, class_names: Sequence[str], hash: str) -> None:
     """Make `root` the folder of these labels. Older labels of other content there are replaced shard by shard.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or cannot be written.
     """
+    try:
+        _claim(root, {"kind": PLAN_KIND, "format": FORMAT_VERSION, "class_names": list(class_names), "hash": hash})
+    except OSError as error:
+        raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
+
+
+def _claim(root: str, wanted: dict[str, Any]) -> None:
     storage.make_folder(root)
     address = storage.join(root, PLAN_NAME)
-    wanted = {"kind": PLAN_KIND, "format": FORMAT_VERSION, "class_names": list(class_names), "hash": hash}
     if storage.exists(address):
         found = storage.read_json(address)
         if found == wanted:
@@ -128,16 +174,53 @@ def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardRepor
         return None
     tally = _tally_from_plain(document.pop("tally"), settings)
     rejects = tuple(LabelReject(**reject) for reject in document.pop("rejects"))
-    return ShardReport(**document, rejects=rejects, tally=tally)
+    samples = _qualities(document.pop("samples"))
+    return ShardReport(**document, rejects=rejects, tally=tally, samples=samples)
+
+
+def _qualities(columns: dict[str, list[Any]]) -> tuple[Quality, ...]:
+    rows: Any = zip(*columns.values(), strict=True)
+    plain: Iterator[dict[str, Any]] = (dict(zip(columns, row, strict=True)) for row in rows)
+    return tuple(Quality(**{**row, "labels": tuple(row["labels"]), "empty": tuple(row["empty"])}) for row in plain)
 
 
 def commit(
-    root: str, item: LabelItem, records: Sequence[LabelRecord], rejects: Sequence[LabelReject], tally: Tally
-) -> ShardReport:
-    """Write the label shard and then its marker, each under a temporary name first; members in the rows' order."""
+    root: str,
+    item: LabelItem,
+    records: Sequence[LabelRecord],
+    rejects: Sequence[LabelReject],
+    tally: Tally,
+    timings: Mapping[str, float],
+) -> None:
+    """Write one label shard, its timings and then its marker, each under a temporary name; members in the rows' order.
+
+    Raises:
+        UnwritableError: full disk, no permission, a store that is gone.
+    """
+    try:
+        _commit(root, item, records, rejects, tally, timings)
+    except OSError as error:
+        address = storage.join(root, item.shard)
+        raise UnwritableError(
+            f"label shard {address} cannot be written: {error}; shards that were written before stay as they are, and the"
+            " same command goes on from them"
+        ) from error
+
+
+def _commit(
+    root: str,
+    item: LabelItem,
+    records: Sequence[LabelRecord],
+    rejects: Sequence[LabelReject],
+    tally: Tally,
+    timings: Mapping[str, float],
+) -> None:
     address = storage.join(root, item.shard)
-    ordered = sorted(records, key=lambda record: record.row)
+    ordered = sorted(records, key=lambda record: record.quality.row)
     storage.write_atomic(address, lambda file: _write_tar(file, ordered))
+    folder = storage.join(root, TIMINGS_FOLDER)
+    storage.make_folder(folder)
+    write_json(marker_address(folder, item.shard), {name: round(value, 4) for name, value in timings.items()})
     report = ShardReport(
         shard=item.shard,
         num_samples=len(ordered),
@@ -147,76 +230,80 @@ def commit(
         hash=item.hash,
         rejects=tuple(rejects),
         tally=tally,
+        samples=(),
     )
-    document = {name: getattr(report, name) for name in ShardReport.__dataclass_fields__}
-    document |= {"rejects": [asdict(reject) for reject in rejects], "tally": _tally_to_plain(tally)}
+    document: dict[str, Any] = {name: getattr(report, name) for name in ShardReport.__dataclass_fields__}
+    qualities = [asdict(record.quality) for record in ordered]
+    columns = {name: [each[name] for each in qualities] for name in Quality.__dataclass_fields__}
+    document |= {"rejects": [asdict(each) for each in rejects], "tally": _tally_to_plain(tally), "samples": columns}
     write_json(marker_address(root, item.shard), document)
-    return report
 
 
 def _write_tar(file: BinaryIO, records: Sequence[LabelRecord]) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for record in records:
-            add_member(tar, f"{record.key}.png", record.png)
-            add_member(tar, f"{record.key}.{LABEL_EXTENSION}", record.json)
+            for extension, data in record.members.items():
+                add_member(tar, f"{record.quality.key}.{extension}", data)
 
 
-def finish(root: str, items: Sequence[LabelItem], index: ShardIndex, settings: LabelSettings) -> LabelReport:
-    """Write index.json from the commit markers alone.
+def finish(
+    root: str, items: Sequence[LabelItem], class_names: Sequence[str], image_plan_hash: str, settings: LabelSettings
+) -> LabelReport:
+    """Write samples.parquet and index.json from the commit markers alone, one marker at a time.
 
     Raises:
-        ValueError: shards are missing.
+        ValueError: shards are missing, or the folder cannot be written.
     """
-    reports = [(item.shard, committed(root, item, settings)) for item in items]
-    if missing := [shard for shard, report in reports if report is None]:
-        raise ValueError(f"{root}: {len(missing)} of {len(items)} label shards are not written: {missing[:5]}")
-    done = [report for _, report in reports if report is not None]
-    for name in storage.list_names(root):
-        if name.endswith(storage.PARTIAL_SUFFIX):
-            storage.remove(storage.join(root, name))
-    tally = reduce(add, (report.tally for report in done), Tally.zero(settings))
-    rejects = tuple(reject for report in done for reject in report.rejects)
-    num_samples = sum(report.num_samples for report in done)
-    document = {
-        "kind": INDEX_KIND,
-        "format": FORMAT_VERSION,
-        "class_names": list(index.class_names),
-        "image_plan_hash": index.plan_hash,
-        "num_samples": num_samples,
-        "num_rejects": len(rejects),
-        "reject_reasons": dict(sorted(Counter(reject.reason for reject in rejects).items())),
-        "pixels": tally.pixels_C.tolist(),
-        "void_pixels": tally.void_pixels,
-        "shards": [
-            {
-                "name": report.shard,
-                "num_samples": report.num_samples,
-                "size_bytes": report.size_bytes,
-                "sha256": report.sha256,
-                "image_sha256": report.image_sha256,
-            }
-            for report in done
-        ],
-    }
-    write_json(storage.join(root, INDEX_NAME), document)
-    return LabelReport(root, num_samples, rejects, tally)
+    tally, rejects, shards = Tally.zero(settings), list[LabelReject](), list[dict[str, Any]]()
+    keep = ("num_samples", "size_bytes", "sha256", "image_sha256")
+
+    def reports() -> Iterator[ShardReport]:
+        nonlocal tally
+        for item in items:
+            report = committed(root, item, settings)
+            if report is None:
+                raise ValueError(f"{root}: label shard {item.shard} is not written")
+            tally = tally + report.tally
+            rejects.extend(report.rejects)
+            shards.append({"name": report.shard} | {name: getattr(report, name) for name in keep})
+            yield report
+
+    try:
+        storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: _write_samples(file, reports()))
+        for name in storage.list_names(root):
+            if name.endswith(storage.PARTIAL_SUFFIX):
+                storage.remove(storage.join(root, name))
+        document = {
+            "kind": LABELS_KIND,
+            "format": FORMAT_VERSION,
+            "class_names": list(class_names),
+            "image_plan_hash": image_plan_hash,
+            "num_samples": sum(shard["num_samples"] for shard in shards),
+            "num_rejects": len(rejects),
+            "reject_reasons": dict(sorted(Counter(reject.reason for reject in rejects).items())),
+            "pixels": tally.pixels_C.tolist(),
+            "void_pixels": tally.void_pixels,
+            "shards": shards,
+        }
+        write_json(storage.join(root, INDEX_NAME), document)
+    except OSError as error:
+        raise UnwritableError(f"{root}: the index of the labels cannot be written: {error}") from error
+    return LabelReport(root, document["num_samples"], tuple(rejects), tally)
 
 
-def export_pngs(root: str, folder: str) -> int:
-    """Write the masks of a finished folder of labels as FOLDER/KEY.png (VOC's palette); return their number."""
-    storage.make_folder(folder)
-    num_masks = 0
-    for shard in storage.read_json(storage.join(root, INDEX_NAME))["shards"]:
-        for sample in read_shard(storage.join(root, shard["name"])) if shard["num_samples"] else ():
-            address, data = storage.join(folder, f"{sample.key}.png"), sample.image
-            if not storage.exists(address) or storage.read_bytes(address) != data:
-                storage.write_atomic(address, lambda file, data=data: file.write(data))
-            num_masks += 1
-    return num_masks
+def _write_samples(file: BinaryIO, reports: Iterator[ShardReport]) -> None:
+    with pyarrow.parquet.ParquetWriter(file, _SCHEMA) as writer:
+        for report in reports:
+            if report.samples:
+                rows = [{"shard": report.shard, **asdict(sample)} for sample in report.samples]
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA))
 
 
-def label_json(sample: SampleRow, class_names: Sequence[str], mask_HW: np.ndarray, confidence: float) -> bytes:
-    """KEY.json: the image-level labels, the mask's size, its pixels per class and the CRF's mean confidence."""
+def describe(
+    sample: SampleRow, class_names: Sequence[str], class_ids: Sequence[int], mask_HW: np.ndarray, confidence: float
+) -> bytes:
+    """KEY.json: the image-level labels, the mask's size, its pixels per class, the classes that took part (background
+    first) and the mean confidence."""
     pixels = np.bincount(mask_HW.reshape(-1), minlength=256)
     document = {
         "key": sample.key,
@@ -225,9 +312,33 @@ def label_json(sample: SampleRow, class_names: Sequence[str], mask_HW: np.ndarra
         "width": int(mask_HW.shape[1]),
         "height": int(mask_HW.shape[0]),
         "pixels": {str(index): int(pixels[index]) for index in np.flatnonzero(pixels)},
+        "classes": list(class_ids),
         "confidence": round(confidence, 4),
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def judge(sample: SampleRow, mask_HW: np.ndarray, confidence: float, agreement: Agreement) -> Quality:
+    """The quality of one label."""
+    pixels = np.bincount(mask_HW.reshape(-1), minlength=256)
+    return Quality(
+        key=sample.key,
+        row=sample.row,
+        labels=sample.labels,
+        width=int(mask_HW.shape[1]),
+        height=int(mask_HW.shape[0]),
+        confidence=round(confidence, 6),
+        void_share=round(float(pixels[255] / mask_HW.size), 6),
+        empty=tuple(index for index in sample.labels if not pixels[index]),
+        agreement_seed=round(agreement.seed, 6),
+        agreement_model=None if agreement.model is None else round(agreement.model, 6),
+        agreement_seed_model=None if agreement.seed_model is None else round(agreement.seed_model, 6),
+    )
+
+
+def total_tally(tallies: Sequence[Tally], settings: LabelSettings) -> Tally:
+    """The sum of any number of tallies."""
+    return reduce(add, tallies, Tally.zero(settings))
 
 
 def _tally_to_plain(tally: Tally) -> dict[str, Any]:

@@ -22,10 +22,12 @@ class ImageScores:
 
     score_KHW: float32, >= 0, row 0 the background; need not be normalised.
     class_ids: the mask value of each row, ascending from 0.
+    model_HW: the mask that the trained model alone would give, to compare with; or None.
     """
 
     score_KHW: FloatArray
     class_ids: tuple[int, ...]
+    model_HW: UInt8Array | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LabelSettings:
         factor (our reading of "CAM + CRF").
     min_confidence: pixels whose winner is less probable become void; 0 for none.
     thresholds: background thresholds to sweep over the foreground rows, ascending; () for none.
+    soft, confidence: also keep the probabilities of all rows, and of the winners, as 8-bit maps.
+    skip_unlabelled: an image without image-level labels is rejected, not labelled all-background.
     """
 
     num_classes: int
@@ -45,6 +49,9 @@ class LabelSettings:
     sharpness: float
     min_confidence: float
     thresholds: tuple[float, ...]
+    soft: bool = False
+    confidence: bool = False
+    skip_unlabelled: bool = False
 
     def __post_init__(self) -> None:
         if self.sharpness <= 0 or not 0 <= self.min_confidence < 1:
@@ -81,12 +88,31 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Shares of pixels, in [0, 1], on which two masks of one image agree; None where there is no model's mask.
+
+    seed: argmax of the scores and the CRF's mask before its void band. model: the model's mask and the CRF's.
+    seed_model: argmax of the scores and the model's mask.
+    """
+
+    seed: float
+    model: float | None
+    seed_model: float | None
+
+
+@dataclass(frozen=True)
 class LabelledImage:
-    """mask_HW: 0..C and 255. confidence: mean probability of the winners. tally: of this image alone."""
+    """mask_HW: 0..C and 255. confidence: mean probability of the winners. tally: of this image alone.
+
+    soft_KHW, confidence_HW: probabilities * 255, where the settings ask for them.
+    """
 
     mask_HW: UInt8Array
     confidence: float
     tally: Tally
+    agreement: Agreement
+    soft_KHW: UInt8Array | None = None
+    confidence_HW: UInt8Array | None = None
 
 
 def seed_scores(
@@ -109,14 +135,22 @@ def seed_scores(
     return found
 
 
-def model_scores(logits_BCHW: Tensor, *, min_probability: float) -> list[ImageScores]:
+def model_scores(
+    logits_BCHW: Tensor, *, min_probability: float, labels: Sequence[tuple[int, ...]] | None = None
+) -> list[ImageScores]:
     """Softmax of a model's logits, without the classes that matter nowhere in the image.
 
     Kept are the background, every class that exceeds `min_probability` somewhere, and every class that wins a pixel: the
     argmax is that of all classes, while the CRF's time follows what the image shows.
+
+    labels: the image-level labels (1..C) of each image: the softmax is over the background and these alone, all kept.
     """
     found = []
-    for logits_CHW in logits_BCHW:
+    for number, logits_CHW in enumerate(logits_BCHW):
+        if labels is not None:
+            ids = (0, *labels[number])
+            found.append(ImageScores(logits_CHW[list(ids)].float().softmax(0).cpu().numpy(), ids))
+            continue
         probability_CHW = logits_CHW.float().softmax(0)
         keep_C = probability_CHW.amax((1, 2)) > min_probability
         keep_C[probability_CHW.argmax(0).unique()] = True
@@ -154,7 +188,25 @@ def label_image(
         pixels[: settings.num_classes + 1],
         *confusions,
     )
-    return LabelledImage(final_HW, float(best_HW.mean()), tally)
+    return LabelledImage(
+        final_HW,
+        float(best_HW.mean()),
+        tally,
+        _agreement(argmax_HW, mask_HW, scores.model_HW),
+        _eight_bits(probability_KHW) if settings.soft else None,
+        _eight_bits(best_HW) if settings.confidence else None,
+    )
+
+
+def _eight_bits(probability: np.ndarray) -> UInt8Array:
+    return np.rint(probability * 255).clip(0, 255).astype(np.uint8)
+
+
+def _agreement(argmax_HW: UInt8Array, mask_HW: UInt8Array, model_HW: UInt8Array | None) -> Agreement:
+    seed = float((argmax_HW == mask_HW).mean())
+    if model_HW is None:
+        return Agreement(seed, None, None)
+    return Agreement(seed, float((model_HW == mask_HW).mean()), float((model_HW == argmax_HW).mean()))
 
 
 def _confusions(

@@ -10,7 +10,7 @@ from dfa.clip import Features, FrozenClip, Similarity
 from dfa.core.affinity import symmetric_affinity
 from dfa.label.pseudo import gather_present, present_classes, to_grid
 from dfa.label.seed import Affinities, Seeds, SeedSettings, make_seeds
-from dfa.model.inference import predict_logits
+from dfa.model.inference import predict_together
 from dfa.model.student import Student
 
 
@@ -33,12 +33,13 @@ class PixelSeeds:
     """Seeds at pixel size for the present classes alone.
 
     score_BMHW: fp32 in [0, 1], M the largest number of classes in one image. class_BM: index 1..C of each slot, 0 where
-    unused. background_BHW: the strongest background column.
+    unused. background_BHW: the strongest background column. logits_BCHW: the model's, C + 1 classes, or None.
     """
 
     score_BMHW: Tensor
     class_BM: Tensor
     background_BHW: Tensor
+    logits_BCHW: Tensor | None = None
 
 
 class Segmenter:
@@ -91,30 +92,65 @@ class Segmenter:
     @torch.no_grad()
     def pixel_seeds(self, image_B3HW: Tensor, labels_BC: Tensor, *, scales: Sequence[float], flip: bool) -> PixelSeeds:
         """Seeds of whole images at pixel size: the mean over scales and mirrored copies (METHOD 1.18, 1.22)."""
+        return self.pixel_seeds_together([image_B3HW], labels_BC, scales=scales, flip=flip, with_model=False)[0]
+
+    @torch.no_grad()
+    def pixel_seeds_together(
+        self,
+        groups: Sequence[Tensor],
+        labels_BC: Tensor,
+        *,
+        scales: Sequence[float],
+        flip: bool,
+        with_model: bool,
+    ) -> list[PixelSeeds]:
+        """`pixel_seeds` of images of several sizes in the same forward passes (see `inference.size_class`).
+
+        groups: B_g x 3 x H_g x W_g each; labels_BC: of all images, group after group. with_model: the model's logits at
+        these scales too, from the same passes.
+        """
         class_BM = present_classes(labels_BC)
+        num_slots = class_BM.shape[1]
 
         def maps(scaled_B3HW: Tensor) -> Tensor:
             copies = len(scaled_B3HW) // len(labels_BC)
             features = self.encode(scaled_B3HW)
             seeds = self.seeds(features, labels_BC.repeat(copies, 1))
             present_BNM = gather_present(seeds.cam_BNC, class_BM.repeat(copies, 1))
-            return to_grid(torch.cat([present_BNM, seeds.background_BN[:, :, None]], dim=2), features.grid)
+            maps_BMhw = to_grid(torch.cat([present_BNM, seeds.background_BN[:, :, None]], dim=2), features.grid)
+            if not with_model:
+                return maps_BMhw
+            return torch.cat([maps_BMhw, self.student.segment(features.tokens_BLND, features.grid).float()], dim=1)
 
-        score_BMHW = predict_logits(
-            image_B3HW, scales=scales, flip=flip, forward=maps, multiple_of=self.patch_size, merge="logits"
+        merged = predict_together(
+            groups, scales=scales, flip=flip, forward=maps, multiple_of=self.patch_size, merge="logits"
         )
-        return PixelSeeds(score_BMHW[:, :-1], class_BM, score_BMHW[:, -1])
+        parts = class_BM.split([len(group) for group in groups])
+        return [
+            PixelSeeds(
+                map_BKHW[:, :num_slots],
+                part_BM,
+                map_BKHW[:, num_slots],
+                map_BKHW[:, num_slots + 1 :] if with_model else None,
+            )
+            for map_BKHW, part_BM in zip(merged, parts, strict=True)
+        ]
 
     @torch.no_grad()
     def logits(self, image_B3HW: Tensor, *, scales: Sequence[float], flip: bool) -> Tensor:
         """Class logits of whole images at pixel size, B x (C + 1) x H x W (METHOD 1.22)."""
+        return self.logits_together([image_B3HW], scales=scales, flip=flip)[0]
+
+    @torch.no_grad()
+    def logits_together(self, groups: Sequence[Tensor], *, scales: Sequence[float], flip: bool) -> list[Tensor]:
+        """`logits` of images of several sizes in the same forward passes: B_g x 3 x H_g x W_g each."""
 
         def forward(scaled_B3HW: Tensor) -> Tensor:
             features = self._encode(scaled_B3HW, with_similarity=False, with_attention=False)
             return self.student.segment(features.tokens_BLND, features.grid)
 
-        return predict_logits(
-            image_B3HW, scales=scales, flip=flip, forward=forward, multiple_of=self.patch_size, merge="logits"
+        return predict_together(
+            groups, scales=scales, flip=flip, forward=forward, multiple_of=self.patch_size, merge="logits"
         )
 
     def _encode(self, image_B3HW: Tensor, *, with_similarity: bool, with_attention: bool) -> Features:

@@ -56,6 +56,7 @@ class Report:
     figures: curves, as captioned image bytes. pictures: samples.
     provenance: how it was made: command, versions, seed, seconds, memory. The value of "command" is shown as code.
     notes: for a score's label, the small line below its number. summary: one paragraph under the title.
+    pictures_title: what the pictures show.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Report:
     provenance: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    pictures_title: str = "What it sees"
 
 
 def write_page(report: Report, path: Path | str) -> Path:
@@ -98,7 +100,7 @@ def render(report: Report) -> str:
     """The page as text."""
     parts = (
         _scores(report.scores, report.notes),
-        _section("What it sees", "pictures", "".join(_picture(picture) for picture in report.pictures)),
+        _section(report.pictures_title, "pictures", "".join(_picture(picture) for picture in report.pictures)),
         _section("Curves", "curves", "".join(_figure(figure) for figure in report.figures)),
         "".join(_section(table.title, "", _table(table)) for table in report.tables),
         _section("How it was made", "", _provenance(report.provenance)),

@@ -35,7 +35,7 @@ SCHEMA_VERSION = 1
 KIND = "dfa-checkpoint"
 FOLDER = "checkpoints"
 _PREFIX, _PARTIAL = "step-", ".partial-"
-_MODEL, _OPTIMIZER, _PROGRESS, _STATE = (
+_MODEL, _OPTIMIZER, _PROGRESS, STATE_NAME = (
     "model.safetensors",
     "optimizer.safetensors",
     "progress.safetensors",
@@ -85,7 +85,7 @@ def save_checkpoint(run: Path, engine: EngineState, progress_tensors: dict[str, 
     hashes = {name: _write(partial / name, safetensors.torch.save(tensors)) for name, tensors in contents.items()}
     document = {"kind": KIND, "schema": SCHEMA_VERSION, **asdict(info), "sha256": hashes}
     document["digest"] = _digest(document)
-    _write(partial / _STATE, json.dumps(document, indent=1).encode())
+    _write(partial / STATE_NAME, json.dumps(document, indent=1).encode())
     _sync_folder(partial)
     if target.exists():
         target.rename(root / f"{_PARTIAL}{uuid.uuid4().hex}")
@@ -122,7 +122,7 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 
 def _document(folder: Path) -> dict[str, Any]:
-    path = folder / _STATE
+    path = folder / STATE_NAME
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -148,7 +148,7 @@ def _tensors(folder: Path, name: str, document: Mapping[str, Any]) -> dict[str, 
     except OSError as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
     if hashlib.sha256(data).hexdigest() != document["sha256"].get(name):
-        raise CorruptCheckpointError(f"{path} is damaged: its sha256 is not the one in {_STATE}")
+        raise CorruptCheckpointError(f"{path} is damaged: its sha256 is not the one in {STATE_NAME}")
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:

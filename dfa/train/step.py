@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dfa.clip import Features
 from dfa.core.metrics import confusion_matrix
 from dfa.core.rectify import Student as AlignmentStudent
 from dfa.core.rectify import (
@@ -18,7 +19,7 @@ from dfa.core.rectify import (
 )
 from dfa.core.spectrum import BandMeasure, split
 from dfa.data.stream import Batch
-from dfa.label.pseudo import PseudoSettings, patch_labels, pseudo_labels
+from dfa.label.pseudo import VOID, PseudoSettings, patch_labels, pseudo_labels
 from dfa.label.seed import make_seeds
 from dfa.model.losses import segmentation_loss, upsample_logits
 from dfa.model.segmenter import Segmenter
@@ -34,8 +35,9 @@ class StepSettings:
     """The tunable numbers of a step.
 
     mu, mu_as: the decoder's low band. relation_gain: contrast of the relations. window: METHOD 1.11's r on a grid of 20
-    patches a row; scaled to the grid at hand. supervision: `pseudo` labels, or ground-truth `masks` (the supervised
-    bound, which trains the decoder alone).
+    patches a row; scaled to the grid at hand. supervision: what Y is. `pseudo`: labels from the CAM of this very step;
+    `labels`: the batch's offline pseudo-labels, of a first stage or refreshed beside this run; `masks`: ground truth (the
+    supervised bound, which trains the decoder alone).
     """
 
     mu: float
@@ -47,7 +49,7 @@ class StepSettings:
     resolve_unreliable: bool
     alignment_weight: float
     rectification_weight: float
-    supervision: Literal["pseudo", "masks"]
+    supervision: Literal["pseudo", "labels", "masks"]
     pseudo: PseudoSettings
     decoder_rate_scale: float
     affinity_rate_scale: float
@@ -76,7 +78,12 @@ class TrainStep(Objective):
         ]
 
     def forward(self, batch: Batch) -> list[LossPart]:
-        """The parts of `L_seg + lambda_1 L_a + lambda_2 L_r` (METHOD 1.19)."""
+        """The parts of `L_seg + lambda_1 L_a + lambda_2 L_r` (METHOD 1.19).
+
+        Our reading of an offline Y: it takes the online one's place in L_seg and, at each patch's centre, in L_r, sample
+        by sample; a sample that has none (not labelled yet, or rejected there) is trained on the online Y. L_a reads no
+        labels.
+        """
         features = self.segmenter.encode(batch.image_B3HW)
         if self.settings.supervision == "masks":
             if batch.mask_BHW is None:
@@ -84,22 +91,39 @@ class TrainStep(Objective):
             _, logits_BChw = self.student.decoder(features.tokens_BLND, features.grid)
             return _segmentation_parts(logits_BChw, batch.mask_BHW)
         outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid)
-        affinities = self.segmenter.affinities(outputs.low_logit_BNN, outputs.high_logit_BNN)
-        seeds = make_seeds(features.similarity_BNK, batch.labels_BC, affinities, self.segmenter.seed)
-        labels = pseudo_labels(
+        label_BHW = self._labels(batch, features, outputs)
+        label_BN, visible_BN = (patch_labels(each, features.grid).flatten(1) for each in (label_BHW, batch.valid_BHW))
+        return [
+            *_segmentation_parts(outputs.logits_BChw, label_BHW),
+            *self.affinity_parts(outputs, label_BN, visible_BN),
+        ]
+
+    def _labels(self, batch: Batch, features: Features, outputs: Outputs) -> Tensor:
+        """Y of each sample, int64 B x H x W, void on padding. CAMs are made for the samples that need them alone."""
+        if self.settings.supervision == "pseudo":
+            return self._online_labels(batch, features, outputs, slice(None))
+        if batch.mask_BHW is None or batch.given_B is None:
+            raise ValueError("loss.supervision=labels needs batches with offline labels; give shards.labels")
+        label_BHW = batch.mask_BHW.long().masked_fill(~batch.valid_BHW, VOID)
+        rows_R = (~batch.given_B).nonzero()[:, 0]
+        if len(rows_R):
+            label_BHW[rows_R] = self._online_labels(batch, features, outputs, rows_R)
+        return label_BHW
+
+    def _online_labels(self, batch: Batch, features: Features, outputs: Outputs, rows: Tensor | slice) -> Tensor:
+        """Pseudo-labels of some samples of the batch by the student as it is now, R x H x W."""
+        labels_RC = batch.labels_BC[rows]
+        affinities = self.segmenter.affinities(outputs.low_logit_BNN[rows], outputs.high_logit_BNN[rows])
+        seeds = make_seeds(features.similarity_BNK[rows], labels_RC, affinities, self.segmenter.seed)
+        return pseudo_labels(
             seeds.cam_BNC,
-            batch.labels_BC,
-            batch.image_B3HW,
+            labels_RC,
+            batch.image_B3HW[rows],
             features.grid,
             self.settings.pseudo,
             prompt_BN=seeds.background_BN,
-            valid_BHW=batch.valid_BHW,
-        )
-        visible_BN = patch_labels(batch.valid_BHW, features.grid).flatten(1)
-        return [
-            *_segmentation_parts(outputs.logits_BChw, labels.mask_BHW),
-            *self.affinity_parts(outputs, labels.patch_Bhw.flatten(1), visible_BN),
-        ]
+            valid_BHW=batch.valid_BHW[rows],
+        ).mask_BHW
 
     def affinity_parts(self, outputs: Outputs, label_BN: Tensor, visible_BN: Tensor) -> list[LossPart]:
         """Alignment and rectification (METHOD 1.6-1.12); visible_BN is False where a patch is padding."""

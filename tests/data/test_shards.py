@@ -13,16 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import webdataset
 import yaml
 from PIL import Image
 
+from dfa.data import shards, storage
 from dfa.data.classes import ClassSet
-from dfa.data.shards import BrokenShardError, load_index, read_samples, read_shard, verify
+from dfa.data.shards import BrokenShardError, load_index, read_samples, read_shard, samples_by_shard, verify
 from dfa.data.sources import CocoSource, MaskFile, MaskSegments, Reject, Sample, VocSource, mask_array
 from dfa.data.transforms import decode_mask, decode_rgb
 from dfa.data.writer import finish, pending, plan_shards, write_plan, write_shard
+from tests.data.object_store import address, object_store
 
 SETTINGS = {
     "class_names": ("cat", "dog"),
@@ -393,8 +396,100 @@ def test_an_index_that_is_not_there_or_not_ours_is_named(tmp_path):
     (tmp_path / "index.json").write_text('{"kind": "dfa-shards", "format": 99}')
     with pytest.raises(ValueError, match="format 99; this version reads format 1"):
         load_index(str(tmp_path))
-    with pytest.raises(ValueError, match="'s3://bucket/x' is a remote address"):
-        load_index("s3://bucket/x")
+    with pytest.raises(ValueError, match="nope://bucket/x: neither Arrow nor fsspec"):
+        load_index("nope://bucket/x")
+
+
+# samples.parquet, shard by shard
+
+
+def test_samples_come_shard_by_shard_in_order(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_ROWS_AT_A_TIME", 3)  # batches that end inside shards
+    index = shard_all(tmp_path / "s", plan_shards(samples, **SETTINGS))
+    found = list(samples_by_shard(index, limit=None))
+    assert [shard for shard, _ in found] == list(index.shards)
+    assert tuple(row for _, rows in found for row in rows) == read_samples(index)
+    for shard, rows in found:
+        raws = list(read_shard(index.path(shard.name)))
+        assert [(row.key, row.row, row.labels) for row in rows] == [(raw.key, raw.row, raw.labels) for raw in raws]
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"), [(0, []), (2, [2]), (3, [3]), (5, [3, 2]), (10, [3, 3, 4]), (99, [3, 3, 4])]
+)
+def test_a_limit_cuts_the_last_shard_and_leaves_out_those_after_it(samples, tmp_path, limit, sizes):
+    index = shard_all(tmp_path / "s", plan_shards(samples, **SETTINGS))
+    assert [len(rows) for _, rows in samples_by_shard(index, limit=limit)] == sizes
+
+
+def test_samples_that_do_not_fit_the_index_are_named(samples, tmp_path):
+    index = shard_all(tmp_path / "s", plan_shards(samples, **SETTINGS))
+    first, second, third = index.shards
+    other = {
+        r"samples\.parquet has 10 rows, index\.json says 11": replace(index, num_samples=11),
+        r"is row 0 of shard-000000\.tar, index\.json has row 0 of shard-000001": replace(
+            index, shards=(second, first, third)
+        ),
+        r"ends after 4 of the 5 samples of shard-000002": replace(
+            index, shards=(first, second, replace(third, num_samples=5))
+        ),
+    }
+    for message, wrong in other.items():
+        with pytest.raises(ValueError, match=message):
+            read_samples(wrong)
+    with pytest.raises(ValueError, match="limit=-1 must be at least 0"):
+        list(samples_by_shard(index, limit=-1))
+    table = pyarrow.parquet.read_table(tmp_path / "s" / "samples.parquet")
+    pyarrow.parquet.write_table(table.drop_columns(["labels"]), tmp_path / "s" / "samples.parquet")
+    with pytest.raises(ValueError, match=r"samples\.parquet has no columns \['labels'\]"):
+        read_samples(index)
+    (tmp_path / "s" / "samples.parquet").write_text("no parquet at all")
+    with pytest.raises(ValueError, match=r"samples\.parquet is no parquet file"):
+        read_samples(index)
+
+
+def test_a_shard_is_read_from_content_that_the_caller_holds(samples, tmp_path):
+    index = shard_all(tmp_path / "s", plan_shards(samples, **SETTINGS))
+    path = index.path(index.shards[0].name)
+    whole, content = list(read_shard(path)), io.BytesIO(Path(path).read_bytes())
+    Path(path).unlink()
+    for _ in range(2):
+        assert list(read_shard(path, file=content)) == whole
+    assert next(read_shard(path, wanted={1}, file=content)) == whole[1] and not content.closed
+    with pytest.raises(BrokenShardError, match=r"shard-000000\.tar cannot be read after"):
+        list(read_shard(path, file=io.BytesIO(content.getvalue()[:1000])))
+
+
+# Shards in an object store
+
+
+def test_shards_in_an_object_store_are_those_of_a_folder(samples, tmp_path):
+    plan = plan_shards(samples, **SETTINGS)
+    local = shard_all(tmp_path / "s", plan)
+    with object_store() as port:
+        root = address(port, "voc/train")
+        with pytest.raises(ValueError, match="no shard folder s3://"):
+            load_index(root)
+        write_plan(root, plan)
+        write_shard(root, plan.items[0])
+        with pytest.raises(ValueError, match="2 of 3 shards are not written"):
+            finish(root, plan, max_reject_share=0)
+        index = shard_all(root, plan)
+        assert index == load_index(root) == replace(local, root=root)
+        assert {name: storage.read_bytes(storage.join(root, name)) for name in storage.list_names(root)} == contents(
+            tmp_path / "s"
+        )
+        assert read_samples(index) == read_samples(local) and verify(root) == () and pending(root, plan) == ()
+        path = index.path("shard-000002.tar")
+        assert list(read_shard(path, wanted={1})) == [list(read_shard(local.path("shard-000002.tar")))[1]]
+        data = bytearray(storage.read_bytes(path))
+        data[700] ^= 1
+        storage.write_atomic(path, lambda file: file.write(data))
+        storage.remove(index.path("shard-000000.tar"))
+        assert [line.partition(": ")[::2] for line in verify(root)] == [
+            ("shard-000000.tar", "missing"),
+            ("shard-000002.tar", "content differs from the sha256 in the index"),
+        ]
 
 
 # Real data

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,9 @@ def test_one_folder_per_class_with_masks_inside_the_root(tmp_path):
 
 def test_keys_are_safe_member_names():
     assert sample_key("dir/a b.c-1_2") == "dir_a_b_c-1_2"
+    other_scripts = [sample_key(name) for name in ("猫", "狗", "Äpfel", "Apfel")]
+    assert len(set(other_scripts)) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in other_scripts)
     long = [sample_key("x" * 200 + end) for end in "ab"]
     assert long[0] != long[1] and max(map(len, long)) <= 80
     with pytest.raises(ValueError, match="empty name"):

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dfa.data.offline import OfflineLabels
 from dfa.data.reading import CropSettings, Item, Reader
-from dfa.data.shards import BrokenShardError, ShardIndex, load_index
+from dfa.data.shards import BrokenShardError, ShardIndex, load_index, read_samples, read_shard
 from dfa.data.stream import Batch, eval_batches, ingest_options, iterate, to_batch, train_stream
+from tests.data.toy_labels import make_current, png, write_block_shards, write_labels
 from tests.train.toy import write_toy_shards
 
 CROP = CropSettings(size=12, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
@@ -145,6 +147,109 @@ def test_a_shard_that_lost_its_end_names_the_last_good_key(index: ShardIndex, tm
     path.write_bytes(Path(index.path(index.shards[0].name)).read_bytes()[:3000])
     with pytest.raises(BrokenShardError, match=r"shard-000000\.tar .*after"):
         list(Reader(str(path), 0, 3, 5, CROP, False).blocks(Item(0, 0, np.arange(7, dtype=np.int32)), dict))
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_block_shards(tmp_path_factory.mktemp("blocks") / "blocks", num_samples=12, samples_per_shard=4)
+
+
+def true_masks(index: ShardIndex) -> dict[str, bytes]:
+    """The ground truth of every sample, to serve as a label."""
+    raws = [raw for shard in index.shards for raw in read_shard(index.path(shard.name))]
+    return {raw.key: raw.mask for raw in raws if raw.mask is not None}
+
+
+def offline(root: Path, index: ShardIndex) -> OfflineLabels:
+    return OfflineLabels(str(root), index.class_names, index.plan_hash)
+
+
+def keys_of(index: ShardIndex, shard: int) -> list[str]:
+    return [row.key for row in read_samples(index) if row.shard == index.shards[shard].name]
+
+
+@pytest.mark.parametrize("scale_range", [(1.0, 1.0), (0.5, 2.0)])
+def test_a_label_is_cropped_with_its_image_as_ground_truth_is(
+    blocks: ShardIndex, tmp_path: Path, scale_range: tuple[float, float]
+) -> None:
+    write_labels(tmp_path / "labels", blocks, true_masks(blocks))
+    crop = CropSettings(size=32, scale_range=scale_range, flip_probability=0.5, max_pixels=10**6)
+    (labelled,) = read(blocks, 0, [2, 0, 1, 3], crop=crop, labels=offline(tmp_path / "labels", blocks))
+    (true,) = read(blocks, 0, [2, 0, 1, 3], crop=crop, with_masks=True)
+    assert labelled["given"].tolist() == [True] * 4
+    assert {name for name in true if not (true[name] == labelled[name]).all()} == set()
+    assert (labelled["mask"][~labelled["valid"]] == 255).all()
+    if scale_range == (1.0, 1.0):  # no pixel is a mixture: the image says what its label must be
+        assert (labelled["mask"] == labelled["image"][:, 0] // 60)[labelled["valid"]].all()
+    assert 0 < labelled["valid"].mean() < 1
+
+
+def test_a_sample_without_a_label_is_void_and_says_so(blocks: ShardIndex, tmp_path: Path) -> None:
+    masks, rejected = true_masks(blocks), keys_of(blocks, 1)[2]
+    masks.pop(rejected)
+    write_labels(tmp_path / "labels", blocks, masks)
+    (columns,) = read(blocks, 1, [3, 2, 0], labels=offline(tmp_path / "labels", blocks))
+    batch = to_batch(columns)
+    assert batch.given_B is not None and batch.mask_BHW is not None
+    assert batch.given_B.tolist() == [key != rejected for key in batch.keys] == [True, False, True]
+    assert (batch.mask_BHW[1] == 255).all() and not (batch.mask_BHW[0] == 255).all()
+    assert not batch.rejected
+
+
+def test_before_the_first_generation_no_sample_has_a_label(blocks: ShardIndex, tmp_path: Path) -> None:
+    (columns,) = read(blocks, 0, [1, 0], labels=offline(tmp_path / "follow", blocks))
+    assert columns["given"].tolist() == [False, False] and (columns["mask"] == 255).all()
+
+
+def test_labels_that_do_not_fit_their_image_reject_the_sample(blocks: ShardIndex, tmp_path: Path) -> None:
+    masks = true_masks(blocks)
+    size, value, broken, good = keys_of(blocks, 0)
+    masks |= {size: png(np.zeros((24, 25))), value: png(np.full((24, 24), 4)), broken: masks[broken][:60]}
+    write_labels(tmp_path / "labels", blocks, masks)
+    (columns,) = read(blocks, 0, [0, 1, 2, 3], labels=offline(tmp_path / "labels", blocks))
+    batch = to_batch(columns)
+    assert batch.keys == (good,) and batch.given_B is not None and batch.given_B.tolist() == [True]
+    reasons = {reject.key: reject.reason for reject in batch.rejected}
+    assert reasons[size] == "pseudo-label is (24, 25), image is (24, 24) (height, width)"
+    assert reasons[value].startswith("pseudo-label has values [4]; allowed are 0..3 and 255")
+    assert "does not decode" in reasons[broken]
+
+
+def test_a_refreshed_generation_is_read_at_the_next_item(blocks: ShardIndex, tmp_path: Path) -> None:
+    for step, value in ((40, 1), (80, 2)):
+        masks = {row.key: png(np.full((24, 24), value)) for row in read_samples(blocks)}
+        write_labels(tmp_path / f"step-{step:08d}", blocks, masks)
+    reader = Reader(blocks.path(blocks.shards[0].name), 0, 3, 5, CROP, False, offline(tmp_path, blocks))
+
+    def classes(epoch: int) -> list[int]:
+        (columns,) = reader.blocks(Item(epoch, 0, np.arange(4, dtype=np.int32)), dict)
+        return np.unique(columns["mask"][columns["valid"]]).tolist()
+
+    assert classes(0) == [255]
+    make_current(tmp_path, "step-00000040")
+    assert classes(1) == [1]
+    make_current(tmp_path, "step-00000080")
+    assert classes(2) == [2]
+
+
+def test_labels_come_through_ray_with_every_sample(ray_session: None, blocks: ShardIndex, tmp_path: Path) -> None:
+    masks, rejected = true_masks(blocks), {keys_of(blocks, 0)[1], keys_of(blocks, 2)[0]}
+    root = write_labels(tmp_path / "labels", blocks, {k: v for k, v in masks.items() if k not in rejected})
+    batches = list(iterate(stream(blocks, 24, with_masks=False, labels=root), batch_size=4, prefetch=1))
+    given = {}
+    for batch in batches:
+        assert batch.given_B is not None
+        given |= dict(zip(batch.keys, batch.given_B.tolist(), strict=True))
+    assert given == {key: key not in rejected for key in masks}
+    assert sum(map(len, batches)) == 24
+    true = fingerprints(iterate(stream(blocks, 24), batch_size=4, prefetch=1))
+    same = {pair for pair, mark in fingerprints(iter(batches)).items() if mark == true[pair]}
+    assert len(same) == 24 - 2 * len(rejected)
+
+
+def test_ground_truth_and_labels_exclude_each_other(blocks: ShardIndex) -> None:
+    with pytest.raises(ValueError, match=r"ground truth and the labels of somewhere cannot both be the mask"):
+        stream(blocks, 4, labels="somewhere")
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])

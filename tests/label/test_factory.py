@@ -1,82 +1,58 @@
-"""The factory on Ray with a scorer that needs no model: restarts, order, rejects, damage."""
+"""The factory on Ray with a scorer that needs no model: restarts, order, rejects, damage, lost workers."""
 
 import hashlib
 import io
 import json
+import os
+import resource
 import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow.parquet
 import pytest
+import ray
 import torch
+import webdataset
 from PIL import Image
 
-from dfa.data.classes import voc_palette
-from dfa.data.samples import MaskFile, Sample
-from dfa.data.shards import SampleRow, load_index, read_shard
-from dfa.data.transforms import decode_mask, encode_mask
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.shards import load_index, read_shard
+from dfa.data.transforms import decode_mask
 from dfa.label import factory
-from dfa.label.crf import PRESETS
-from dfa.label.output import export_pngs
-from dfa.label.scoring import ImageScores, LabelSettings, label_image
-
-CLASSES = ("red", "green", "blue")
-SETTINGS = LabelSettings(3, PRESETS["deeplab"], 1.0, 0.0, (0.2, 0.5))
-
-
-def _colour_scores(image_B3HW, labels):
-    """A class's score is its colour channel: a pure function of the image."""
-    channel_B3HW = image_B3HW.float() / 255
-    return [
-        ImageScores(
-            torch.cat([torch.full_like(one[:1], 0.5), *(one[index - 1 : index] for index in present)]).numpy(),
-            (0, *present),
-        )
-        for one, present in zip(channel_B3HW, labels, strict=True)
-    ]
-
-
-def _plan(label_pass):
-    def make():
-        return {"colour": _colour_scores}
-
-    return factory.FactoryPlan(make, (label_pass,), use_gpu=False, batch_images=16, batch_pixels=600)
+from dfa.label.scoring import label_image
+from dfa.label.slots import Share
+from tests.label.colours import (
+    SETTINGS,
+    colour_pass,
+    colour_plan,
+    colour_scores,
+    label_bytes,
+    make_scorers,
+    write_images,
+)
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Ten images of two sizes in three shards."""
-    rng, samples = np.random.default_rng(0), []
-    for number in range(10):
-        height, width = (12, 16) if number % 3 else (16, 12)
-        image, mask = tmp_path / f"i{number}.png", tmp_path / f"m{number}.png"
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(image)
-        mask.write_bytes(encode_mask(rng.choice(np.array([0, 1, 3, 255], np.uint8), (height, width)), voc_palette()))
-        labels = () if number == 4 else (1, 3) if number % 2 else (2,)
-        samples.append(Sample(f"k{number}", str(image), labels, MaskFile(str(mask))))
-    plan = plan_shards(samples, class_names=CLASSES, seed=0, shuffle=False, samples_per_shard=4, max_pixels=10_000)
-    root = str(tmp_path / "shards")
-    write_plan(root, plan)
-    for item in plan.items:
-        write_shard(root, item)
-    return finish(root, plan, max_reject_share=0)
+    """Ten images of three sizes in three shards."""
+    return write_images(tmp_path, sizes=[[(12, 16), (16, 12), (13, 17)][n % 3] for n in range(10)], samples_per_shard=4)
 
 
-def _pass(index, output, limit=0, hash="one"):
-    return factory.LabelPass("colours", "colour", index, str(output), SETTINGS, hash, 10_000, limit)
-
-
-def _bytes(folder: Path):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _run(index, output, **options):
+    return factory.run(colour_plan(colour_pass(index, output, **options)))["colours"]
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_restart_labels_what_is_missing_to_the_same_bytes(shards, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    first = factory.run(_plan(_pass(shards, whole)))["colours"]
+    first = _run(shards, whole)
     assert (first.images_now, first.report.num_samples) == (10, 10)
-    again = factory.run(_plan(_pass(shards, whole)))["colours"]
+    again = _run(shards, whole)
     assert again.images_now == 0
     assert again.report.tally.mask_CC.equal(first.report.tally.mask_CC)
     shutil.copytree(whole, broken)
@@ -85,15 +61,15 @@ def test_a_restart_labels_what_is_missing_to_the_same_bytes(shards, tmp_path):
     (broken / "shard-000002.tar").write_bytes((broken / "shard-000002.tar").read_bytes()[:-1024])
     (broken / "index.json").unlink()
     (broken / ".shard-000001.tar.0.partial").write_bytes(b"half")
-    mended = factory.run(_plan(_pass(shards, broken)))["colours"]
+    mended = _run(shards, broken)
     assert mended.images_now == sum(one.num_samples for one in shards.shards[1:])
-    assert _bytes(broken) == _bytes(whole)
+    assert label_bytes(broken) == label_bytes(whole)
     assert mended.report.tally.sweep_TCC.equal(first.report.tally.sweep_TCC)
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_labels_join_the_images_by_key_and_equal_one_by_one_labelling(shards, tmp_path):
-    report = factory.run(_plan(_pass(shards, tmp_path / "labels")))["colours"].report
+    report = _run(shards, tmp_path / "labels").report
     confusion = torch.zeros(4, 4, dtype=torch.int64)
     for entry in shards.shards:
         images = list(read_shard(shards.path(entry.name)))
@@ -102,47 +78,118 @@ def test_labels_join_the_images_by_key_and_equal_one_by_one_labelling(shards, tm
         assert [one.labels for one in labels] == [one.labels for one in images]
         for image, label in zip(images, labels, strict=True):
             pixels_HW3 = np.array(Image.open(io.BytesIO(image.image)))
-            (scores,) = _colour_scores(torch.from_numpy(pixels_HW3).permute(2, 0, 1)[None], [image.labels])
+            (scores,) = colour_scores([torch.from_numpy(pixels_HW3).permute(2, 0, 1)], [image.labels])
             expected = label_image(pixels_HW3, scores, decode_mask(image.mask, max_pixels=10_000), SETTINGS)
             np.testing.assert_array_equal(decode_mask(label.image, max_pixels=10_000), expected.mask_HW)
             confusion += expected.tally.mask_CC
     assert report.tally.mask_CC.equal(confusion)
-    assert export_pngs(report.root, str(tmp_path / "pngs")) == 10
-    assert Image.open(tmp_path / "pngs/k4.png").getextrema() == (0, 0)  # an image without labels is background
-    limited = factory.run(_plan(_pass(shards, tmp_path / "few", limit=5)))["colours"].report
-    assert limited.num_samples == 5
+    assert _run(shards, tmp_path / "few", limit=5).report.num_samples == 5
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_new_content_replaces_labels_and_errors_name_what_is_wrong(shards, tmp_path):
+def test_soft_maps_confidence_and_quality_are_read_by_webdataset_pil_and_parquet_alone(shards, tmp_path):
+    settings = replace(SETTINGS, soft=True, confidence=True, min_confidence=0.6)
+    report = _run(shards, tmp_path / "labels", settings=settings).report
+    rows = {row["key"]: row for row in pyarrow.parquet.read_table(f"{report.root}/samples.parquet").to_pylist()}
+    images = {raw.key: raw for entry in shards.shards for raw in read_shard(shards.path(entry.name))}
+    seen = 0
+    for entry in shards.shards:
+        for sample in webdataset.WebDataset(f"{report.root}/{entry.name}", shardshuffle=False):
+            key, note, raw = sample["__key__"], json.loads(sample["json"]), images[sample["__key__"]]
+            mask_HW, soft, best_HW = (
+                np.array(Image.open(io.BytesIO(sample[name]))) for name in ("png", "soft.png", "confidence.png")
+            )
+            soft_KHW = soft.reshape(len(note["classes"]), *mask_HW.shape)
+            pixels_HW3 = np.array(Image.open(io.BytesIO(raw.image)))
+            (scores,) = colour_scores([torch.from_numpy(pixels_HW3).permute(2, 0, 1)], [raw.labels])
+            expected = label_image(pixels_HW3, scores, None, settings)
+            assert note["classes"] == [0, *raw.labels]
+            np.testing.assert_array_equal(mask_HW, expected.mask_HW)
+            np.testing.assert_array_equal(soft_KHW.max(0), best_HW)
+            certain_HW = mask_HW != 255
+            winner_HW = np.array(note["classes"])[soft_KHW.argmax(0)]
+            # Where two maps round to the same number, either may be the winner.
+            clear_HW = certain_HW & ((soft_KHW == best_HW).sum(0) == 1)
+            np.testing.assert_array_equal(winner_HW[clear_HW], mask_HW[clear_HW])
+            assert (best_HW[~certain_HW] <= round(255 * 0.6)).all()
+            row = rows[key]
+            assert row["void_share"] == pytest.approx((~certain_HW).mean(), abs=1e-6)
+            assert row["confidence"] == pytest.approx(best_HW.mean() / 255, abs=0.002)  # rounded to 8 bits
+            assert row["empty"] == [index for index in raw.labels if index not in mask_HW]
+            unary_HW = np.array(note["classes"])[scores.score_KHW.argmax(0)]
+            before_void_HW = label_image(pixels_HW3, scores, None, SETTINGS).mask_HW
+            assert row["agreement_seed"] == pytest.approx((unary_HW == before_void_HW).mean(), abs=1e-6)
+            seen += 1
+    assert seen == len(rows) == 10
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_new_content_replaces_labels_and_foreign_folders_are_left_alone(shards, tmp_path):
     output = tmp_path / "labels"
-    factory.run(_plan(_pass(shards, output, limit=4)))
-    renewed = factory.run(_plan(_pass(shards, output, limit=4, hash="two")))["colours"]
-    assert renewed.images_now == 4
-    shard = Path(shards.path("shard-000001.tar"))
-    content = bytearray(shard.read_bytes())
-    content[600] ^= 1
-    shard.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"shard-000001\.tar has changed"):
-        factory.run(_plan(_pass(shards, output)))
-    assert (output / "shard-000000.json").exists()  # earlier shards are intact
+    _run(shards, output, limit=4)
+    assert _run(shards, output, limit=4, hash="two").images_now == 4
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds no dfa labels"):
-        factory.run(_plan(_pass(shards, foreign)))
-
-    def make():
-        raise ValueError("the checkpoint has other classes")
-
-    wrong = factory.FactoryPlan(make, (_pass(shards, tmp_path / "new", limit=2),), False, 3, 1000)
-    with pytest.raises(ValueError, match=r"^the checkpoint has other classes$"):
-        factory.run(wrong)
+        _run(shards, foreign)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_sample_that_does_not_decode_is_rejected_with_its_reason(shards, tmp_path):
-    entry = load_index(shards.root).shards[0]
+def test_changed_cut_and_missing_image_shards_are_named_and_the_others_are_labelled(shards, tmp_path):
+    output = tmp_path / "labels"
+    first, second, third = (Path(shards.path(entry.name)) for entry in shards.shards)
+    keep = {path: path.read_bytes() for path in (first, second, third)}
+    content = bytearray(keep[second])
+    content[600] ^= 1
+    second.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"1 of 3 shards have no labels.*shard-000001\.tar has changed"):
+        _run(shards, output)
+    assert sorted(path.name for path in output.glob("shard-*.json")) == ["shard-000000.json", "shard-000002.json"]
+    second.unlink()
+    with pytest.raises(ValueError, match=r"1 of 1 shards.*shard-000001\.tar"):
+        _run(shards, output)
+    second.write_bytes(keep[second][:1500])
+    with pytest.raises(ValueError, match=r"shard-000001\.tar cannot be read after"):
+        _run(shards, output)
+    second.write_bytes(keep[second])
+    assert _run(shards, output).images_now == shards.shards[1].num_samples
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_scorer_that_cannot_be_made_ends_the_job_with_its_own_words(shards, tmp_path):
+    def make():
+        raise ValueError("the checkpoint has other classes")
+
+    plan = colour_plan(colour_pass(shards, tmp_path / "new"), make=make)
+    with pytest.raises(ValueError, match=r"^the checkpoint has other classes$"):
+        factory.run(plan)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_full_disk_is_said_and_earlier_shards_are_intact(shards, tmp_path):
+    """A file size limit of the process stands for the disk: the system refuses the write itself."""
+    output = tmp_path / "labels"
+    _run(shards, output, limit=4)
+    before = label_bytes(output)["shard-000000.tar"]
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 4, old[1]))
+        with pytest.raises(ValueError, match=r"shard-00000\d\.tar cannot be written.*too large.*stay as they are"):
+            _run(shards, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert label_bytes(output)["shard-000000.tar"] == before
+    assert not list(output.glob(".*partial"))
+    assert _run(shards, output).report.num_samples == 10
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_samples_without_label_or_pixels_are_rejected_with_their_reason(shards, tmp_path):
+    entry = shards.shards[0]
     path = Path(shards.path(entry.name))
     # The first image's pixels, from its compressed data on; the index is told, as if it had been sharded so.
     content = bytearray(path.read_bytes())
@@ -152,31 +199,54 @@ def test_a_sample_that_does_not_decode_is_rejected_with_its_reason(shards, tmp_p
     document = json.loads(Path(shards.root, "index.json").read_text())
     document["shards"][0]["sha256"] = hashlib.sha256(bytes(content)).hexdigest()
     Path(shards.root, "index.json").write_text(json.dumps(document))
-    report = factory.run(_plan(_pass(load_index(shards.root), tmp_path / "labels")))["colours"].report
-    assert [reject.key for reject in report.rejects] == ["k0"]
-    assert report.num_samples == 9
+    settings = replace(SETTINGS, skip_unlabelled=True)
+    report = _run(load_index(shards.root), tmp_path / "labels", settings=settings).report
+    reasons = {reject.key: reject.reason for reject in report.rejects}
+    assert sorted(reasons) == ["k0", "k4"]
+    assert reasons["k4"].startswith("no image-level label")
+    assert report.num_samples == 8
 
 
-def test_chunks_hold_one_size_and_stay_within_both_bounds():
-    rows = [SampleRow(f"k{n}", "s", n, (), 10 if n % 3 else 20, 10, True) for n in range(11)]
-    chunks = list(factory.chunks_of(rows, batch_images=3, batch_pixels=400))
-    assert sorted(row.row for chunk in chunks for row in chunk) == list(range(11))
-    for chunk in chunks:
-        assert len({(row.width, row.height) for row in chunk}) == 1
-        assert len(chunk) <= (3 if chunk[0].width == 10 else 2)
+def _kill_once(title: str, killed: list[int]) -> None:
+    """Kill the first process of Ray that works on `title`."""
+    deadline = time.monotonic() + 60
+    while not killed and time.monotonic() < deadline:
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            if title in " ".join(process.info["cmdline"] or ()):
+                os.kill(process.info["pid"], signal.SIGKILL)
+                killed.append(process.info["pid"])
+                return
+        time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    ("num_cpus", "num_gpus", "use_gpu"), [(2, 0, False), (1, 0, False), (0.5, 0, False), (7, 8, True)]
-)
-def test_scorers_and_crf_tasks_fit_beside_each_other(num_cpus, num_gpus, use_gpu):
-    slots = factory.derive_slots(num_cpus=num_cpus, num_gpus=num_gpus, use_gpu=use_gpu)
-    left = num_cpus - slots.num_scorers * slots.scorer_cpus
-    assert left >= slots.crf_cpus > 0
-    assert left // slots.crf_cpus >= max(1, int(num_cpus))
-    assert slots.num_scorers * slots.scorer_gpus <= num_gpus
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("title", ["ray::_ScorerActor.score", "ray::_finish_piece"])
+def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path):
+    index = write_images(tmp_path, sizes=[(200, 160), (160, 200)] * 12, samples_per_shard=8)
+    factory.run(colour_plan(colour_pass(index, tmp_path / "whole"), make=_slow_scorers))
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_once, args=(title, killed), daemon=True)
+    killer.start()
+    result = factory.run(colour_plan(colour_pass(index, tmp_path / "killed"), make=_slow_scorers))["colours"]
+    killer.join()
+    assert killed
+    assert result.report.num_samples == 24
+    assert label_bytes(tmp_path / "killed") == label_bytes(tmp_path / "whole")
 
 
-def test_no_free_cpu_is_said():
-    with pytest.raises(ValueError, match=r"0\.05 CPUs"):
-        factory.derive_slots(num_cpus=0.05, num_gpus=0, use_gpu=False)
+def _slow_scorers():
+    def scores(images, labels):
+        time.sleep(0.2)  # long enough to be caught in the act
+        return colour_scores(images, labels)
+
+    return make_scorers() | {"colour": scores}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_several_scorers_share_one_gpu_and_crf_tasks_wait_for_their_own_nodes(shards, tmp_path):
+    """No node here has the resources: what is asked for is checked before anything waits for ever."""
+    with pytest.raises(ValueError, match=r"0\.25 of a GPU.*0 GPUs free"):
+        factory.run(colour_plan(colour_pass(shards, tmp_path / "a"), share=Share(use_gpu=True, scorer_gpus=0.25)))
+    with pytest.raises(ValueError, match="resource 'crf'"):
+        factory.run(colour_plan(colour_pass(shards, tmp_path / "b"), share=Share(crf_resource="crf")))
+    assert ray.is_initialized()

@@ -1,10 +1,18 @@
 import dataclasses
+import json
+import logging
+import shutil
 
 import pytest
 import torch
 
 from dfa import build, config
+from dfa.data.shards import read_samples
 from dfa.data.stream import Batch
+from dfa.label.pseudo import pseudo_labels
+from dfa.label.seed import make_seeds
+from tests.data.toy_labels import make_current, png, write_labels
+from tests.train.toy import write_toy_shards
 
 OVERRIDES = [
     "clip.checkpoint=random",
@@ -112,6 +120,133 @@ def test_training_on_masks_trains_the_decoder_alone():
     assert all(p.grad is None for name, p in step.named_parameters() if not name.startswith("student.decoder"))
     with pytest.raises(ValueError, match="needs shards with masks"):
         step(make_batch())
+
+
+def online_labels(step, batch):
+    """Y of the batch by the student's own CAM, every sample on its own."""
+    features = step.segmenter.encode(batch.image_B3HW)
+    logits = step.student.pair_logits(features.tokens_BLND, features.attention_BLNN)
+    labels = []
+    for i in range(len(batch)):
+        affinities = step.segmenter.affinities(*(each[i : i + 1] for each in logits))
+        present = batch.labels_BC[i : i + 1]
+        seeds = make_seeds(features.similarity_BNK[i : i + 1], present, affinities, step.segmenter.seed)
+        image, prompt = batch.image_B3HW[i : i + 1], seeds.background_BN
+        found = pseudo_labels(seeds.cam_BNC, present, image, features.grid, step.settings.pseudo, prompt_BN=prompt)
+        labels.append(found.mask_BHW[0])
+    return torch.stack(labels).to(torch.uint8)
+
+
+def assert_same_parts(found, wanted, tolerance=0.0):
+    assert [part.name for part in found] == [part.name for part in wanted] == PARTS
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close((a.total, a.count), (b.total, b.count), rtol=tolerance, atol=0)
+
+
+def with_labels(batch, mask, given):
+    return dataclasses.replace(batch, mask_BHW=mask, given_B=torch.tensor(given))
+
+
+def test_a_step_with_offline_labels_equals_the_step_that_makes_the_same_labels_online():
+    batch, online = make_batch(), make_step()
+    labels = online_labels(online, batch)
+    assert len(labels.unique()) > 2 and not (labels[~batch.valid_BHW] == 255).any()  # the step itself voids padding
+    offline = make_step("loss.supervision=labels")
+    assert_same_parts(offline(with_labels(batch, labels, [True] * 3)), online(batch))
+
+
+@pytest.mark.parametrize("given", [[True, True, False], [True, False, True], [False, False, False]])
+def test_samples_without_an_offline_label_are_trained_on_their_online_one(given):
+    refined = ["pseudo.iterations=60", "pseudo.dilations=[1,2,4]", "cam.threshold=0.5"]
+    online, batch = make_step(*refined), make_batch()
+    blocks = batch.image_B3HW[:, :, :7, :7].repeat_interleave(7, 2).repeat_interleave(7, 3)[:, :, :48, :48]
+    # Blocks of one colour, which the refinement labels as wholes; the sample with two classes last.
+    batch = dataclasses.replace(batch, image_B3HW=blocks, labels_BC=batch.labels_BC.flip(0))
+    labels = online_labels(online, batch)
+    labels[~torch.tensor(given)] = 255
+    offline = make_step("loss.supervision=labels", *refined)
+    # A batch of other size may sum in another order, and so may the maps in the losses' totals.
+    assert_same_parts(offline(with_labels(batch, labels, given)), online(batch), tolerance=1e-5)
+
+
+def test_offline_labels_decide_both_losses_that_read_labels():
+    batch, offline = make_batch(), make_step("loss.supervision=labels")
+    parts = {}
+    for name, value in (("void", 255), ("background", 0), ("class", 3)):
+        mask = torch.full((3, 48, 48), value, dtype=torch.uint8)
+        parts[name] = {part.name: part for part in offline(with_labels(batch, mask, [True] * 3))}
+    seen = 3 * 48 * 40
+    counts = {name: [int(found[part].count) for part in SEGMENTATION] for name, found in parts.items()}
+    assert counts == {"void": [0, 0], "background": [seen, 0], "class": [0, seen]}
+    pairs = [sum(int(found[part].count) for part in PARTS[3:]) for found in parts.values()]
+    assert pairs == [0, 3 * (6 * 5) ** 2, 3 * (6 * 5) ** 2]
+    assert len({found["alignment"].total.item() for found in parts.values()}) == 1
+
+
+def test_no_seed_is_made_where_every_sample_has_a_label(tmp_path):
+    # Without background prompts no CAM can be made at all: a step that tries fails.
+    classes = config.class_set("classes_world")
+    path = tmp_path / "classes.yaml"
+    path.write_text(json.dumps({"names": list(classes.names), "background": [], "templates": list(classes.templates)}))
+    step, mask = make_step("loss.supervision=labels", f"data.classes={path}"), torch.zeros(3, 48, 48, dtype=torch.uint8)
+    assert [part.name for part in step(with_labels(make_batch(), mask, [True] * 3))] == PARTS
+    with pytest.raises(ValueError, match="leave none for the background"):
+        step(with_labels(make_batch(), mask, [True, True, False]))
+
+
+def test_a_step_on_labels_refuses_a_batch_that_never_asked_for_them():
+    mask = torch.zeros(3, 48, 48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"loss.supervision=labels needs batches with offline labels"):
+        make_step("loss.supervision=labels")(make_batch(mask))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Overrides of a run over toy shards, and their index."""
+    index = write_toy_shards(tmp_path / "toy", num_samples=6, samples_per_shard=3)
+    path = tmp_path / "classes.yaml"
+    path.write_text(json.dumps({"names": list(index.class_names), "background": ["road"], "templates": ["{}"]}))
+    return index, [*OVERRIDES, f"data.classes={path}", f"shards.train={index.root}", "train.workers=1"]
+
+
+def test_a_run_on_labels_needs_labels_and_another_run_must_have_none(shards):
+    _, overrides = shards
+    with pytest.raises(ValueError, match=r"loss.supervision=labels needs shards.labels"):
+        build.loop_plan(config.load("demo", [*overrides, "loss.supervision=labels"]))
+    for supervision in ("pseudo", "masks"):
+        wrong = [f"loss.supervision={supervision}", "shards.labels=labels"]
+        with pytest.raises(ValueError, match=rf"shards.labels is 'labels' and loss.supervision is '{supervision}'"):
+            build.loop_plan(config.load("demo", [*overrides, *wrong]))
+
+
+def test_a_run_holds_finished_labels_against_its_shards_and_waits_for_others(shards, tmp_path, caplog):
+    index, overrides = shards
+    masks = {row.key: png(torch.zeros(16, 16).numpy()) for row in read_samples(index)}
+    loaded = config.load("demo", [*overrides, "loss.supervision=labels", f"shards.labels={tmp_path}/labels"])
+    with caplog.at_level(logging.WARNING):
+        build.loop_plan(loaded)
+    assert f"{tmp_path}/labels holds no finished labels yet" in caplog.text
+    write_labels(tmp_path / "labels/step-00000040", index, masks)
+    make_current(tmp_path / "labels", "step-00000040")
+    caplog.clear()
+    build.loop_plan(loaded)
+    assert "no finished labels" not in caplog.text
+    shutil.rmtree(tmp_path / "labels")
+    write_labels(tmp_path / "labels", index, masks, class_names=["cat", "hen", "owl"])
+    with pytest.raises(ValueError, match=r"class 2 is 'hen' in the labels and 'dog' in the shards"):
+        build.loop_plan(loaded)
+
+
+def test_where_labels_are_refreshed_less_is_decoded_ahead(shards, tmp_path):
+    index, overrides = shards
+    write_labels(tmp_path / "labels/step-00000040", index, {})
+    make_current(tmp_path / "labels", "step-00000040")
+    windows = []
+    for address in ("labels", "labels/step-00000040"):
+        changes = ["loss.supervision=labels", f"shards.labels={tmp_path}/{address}"]
+        windows.append(build.loop_plan(config.load("demo", [*overrides, *changes])).window_bytes)
+    usual = build.loop_plan(config.load("demo", overrides)).window_bytes
+    assert windows == [32 * 2**20, usual] and usual > 32 * 2**20
 
 
 def test_a_few_steps_lower_the_loss():

@@ -1,0 +1,363 @@
+"""A finished folder of labels in the forms that other tools read: VOC's PNG folder, COCO's JSON, soft maps as arrays.
+
+Reads the folder alone (its layout is in `dfa.label.output`), shard by shard, so that memory does not grow with the data
+set. Exports are pure functions of the folder: the same bytes at every run, each file whole or not there.
+"""
+
+import json
+import tarfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow.parquet
+from pycocotools import mask as coco_mask
+
+from dfa.data import storage
+from dfa.data.classes import nearest
+from dfa.data.offline import LABELS_KIND
+from dfa.data.samples import check_mask_values
+from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, BrokenShardError, RawSample, read_shard
+from dfa.data.sources import coco_key, read_coco
+from dfa.data.transforms import UInt8Array, decode_mask
+from dfa.label.output import MASK_EXTENSION, UnwritableError
+
+_ROWS_AT_ONCE = 4096
+_OPTIONAL_SHARES = ("agreement_model", "agreement_seed_model")
+_SHARES = ("confidence", "void_share", "agreement_seed", *_OPTIONAL_SHARES)
+#: A member larger than this is no mask of a photograph: a hostile header must not make us allocate it.
+_MAX_MEMBER_BYTES = 512 * 2**20
+_MAX_MAP_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of a label folder's samples.parquet.
+
+    Attributes:
+        key: unique name. shard: file name of the image shard and of the label shard.
+        row: position in the image shard, from 0.
+        labels: ascending class indices 1..C.
+        width, height: pixels.
+        confidence: mean over the pixels of the winning class's probability, 0..1.
+        void_share: share of pixels that are 255, 0..1.
+        empty: the labels without a pixel in the mask.
+        agreement_seed: share of pixels where the unary's argmax is what the CRF decided, 0..1.
+        agreement_model: share where the trained model alone is what the CRF decided, or None where it was not asked.
+        agreement_seed_model: share where the unary's argmax is what the model says, or None.
+    """
+
+    key: str
+    shard: str
+    row: int
+    labels: tuple[int, ...]
+    width: int
+    height: int
+    confidence: float
+    void_share: float
+    empty: tuple[int, ...]
+    agreement_seed: float
+    agreement_model: float | None
+    agreement_seed_model: float | None
+
+
+@dataclass(frozen=True)
+class OriginalIds:
+    """How a COCO annotation file numbers things.
+
+    categories: (id, name) by ascending id. images: sample key -> (id, file name).
+    """
+
+    categories: tuple[tuple[int, str], ...]
+    images: dict[str, tuple[int, str]]
+
+
+def read_label_index(root: str) -> dict[str, Any]:
+    """Return index.json of a finished folder of labels.
+
+    Raises:
+        ValueError: no folder, labels that are not finished, or something else.
+    """
+    address = storage.join(root, INDEX_NAME)
+    if not storage.exists(address):
+        raise ValueError(f"{root} has no {INDEX_NAME}: no finished folder of labels; run jobs/pseudo_label (again)")
+    document = storage.read_json(address)
+    if not isinstance(document, dict) or document.get("kind") != LABELS_KIND:
+        raise ValueError(f"{address} is no index of dfa labels")
+    if document.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{address} has format {document.get('format')}; this version reads format {FORMAT_VERSION}")
+    return document
+
+
+def read_label_rows(root: str) -> Iterator[LabelRow]:
+    """Yield the rows of samples.parquet in shard and row order, a few thousand in memory at a time.
+
+    Raises:
+        ValueError: a row whose shares are not in 0..1.
+    """
+    address = storage.join(root, SAMPLES_NAME)
+    with storage.open_read(address) as file, pyarrow.parquet.ParquetFile(file) as table:
+        columns = list(LabelRow.__dataclass_fields__)
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+            yield from (_label_row(row, address) for row in batch.to_pylist())
+
+
+def _label_row(row: dict[str, Any], address: str) -> LabelRow:
+    row |= {"labels": tuple(row["labels"]), "empty": tuple(row["empty"])}
+    for name in _SHARES:
+        if row[name] is None and name in _OPTIONAL_SHARES:
+            continue
+        if row[name] is None or not 0 <= row[name] <= 1:
+            raise ValueError(f"{address}, key {row['key']!r}: {name} is {row[name]}; allowed: 0..1")
+        row[name] = round(row[name], 6)  # the digits that were written, without those of float32
+    return LabelRow(**row)
+
+
+def read_members(address: str, names: Collection[str]) -> dict[str, bytes]:
+    """Return those of the named members that a shard holds; the others are skipped, nothing is unpacked to disk.
+
+    Raises:
+        BrokenShardError: a damaged tar, or a member that is no plain file of a sensible size.
+    """
+    found: dict[str, bytes] = {}
+    with storage.open_read(address) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.name in names:
+                        found[member.name] = _member_bytes(tar, member, address)
+                    if len(found) == len(names):
+                        break
+        except tarfile.TarError as error:
+            raise BrokenShardError(f"{address} cannot be read: {error}") from error
+    return found
+
+
+def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, address: str) -> bytes:
+    file = tar.extractfile(member) if member.isreg() and member.size <= _MAX_MEMBER_BYTES else None
+    data = None if file is None else file.read()
+    if data is None or len(data) != member.size:
+        raise BrokenShardError(f"{address}: member {member.name!r} of {member.size} bytes is no whole plain file")
+    return data
+
+
+def read_soft(png: bytes, num_classes_in_image: int) -> UInt8Array:
+    """Return the soft maps of KEY.soft.png: uint8 (R, H, W), probabilities times 255.
+
+    Args:
+        png: 8-bit grey PNG of width W and height R * H, one map below the other.
+        num_classes_in_image: R; map r is the class `classes[r]` of KEY.json, background first.
+
+    Raises:
+        ValueError: no such PNG, or a height that R does not divide.
+    """
+    if num_classes_in_image < 1:
+        raise ValueError(f"an image has at least one map, that of background; got {num_classes_in_image}")
+    try:
+        stacked = decode_mask(png, max_pixels=num_classes_in_image * _MAX_MAP_PIXELS)
+    except ValueError as error:
+        raise ValueError(f"soft maps cannot be read: {error}") from error
+    if stacked.shape[0] % num_classes_in_image:
+        raise ValueError(f"soft maps are {stacked.shape[0]} pixels high, no multiple of {num_classes_in_image} classes")
+    return stacked.reshape(num_classes_in_image, -1, stacked.shape[1])
+
+
+def export_pngs(root: str, folder: str) -> int:
+    """Write the masks of a finished folder of labels as FOLDER/KEY.png (VOC's palette); return their number.
+
+    A file that has these bytes already is left alone, so that an export that was killed continues where it was. Other
+    files in FOLDER are not touched.
+
+    Raises:
+        ValueError: no finished labels, damaged ones, or a folder that cannot be written.
+    """
+    index, num_masks = read_label_index(root), 0
+    with _writing(folder):
+        storage.make_folder(folder)
+        there = set(storage.list_names(folder))
+        for _, sample in _samples(root, index):
+            name, data = f"{sample.key}.{MASK_EXTENSION}", sample.image
+            address = storage.join(folder, name)
+            if name not in there or storage.read_bytes(address) != data:
+                storage.write_atomic(address, lambda file, data=data: file.write(data))
+            num_masks += 1
+    return num_masks
+
+
+def export_coco(
+    root: str,
+    address: str,
+    *,
+    categories: Sequence[tuple[int, str]] | None = None,
+    images: Mapping[str, tuple[int, str]] | None = None,
+) -> int:
+    """Write the masks of a finished folder of labels as a COCO "instances" JSON; return the number of annotations.
+
+    Masks are semantic: an annotation is *all* of one class in one image, not one object. It has `segmentation`
+    (compressed run lengths), `area`, `bbox` [x, y, width, height], `iscrowd` 0, and `score`, the image's mean
+    confidence. Pixels that are 255 belong to no annotation; an image without foreground is in `images` alone.
+
+    Args:
+        root: the folder of labels.
+        address: the JSON file to write.
+        categories: (id, name) to use, matched to the class names by name; more than the classes are fine. None: the
+            class indices 1..C.
+        images: key -> (id, file name). None: 1..n in shard order, KEY.jpg.
+
+    Raises:
+        ValueError: a class that categories do not name, a key that images do not have, repeated ids or names, a mask
+            that is not of these classes, a file that cannot be written. A file that was there stays as it was then.
+    """
+    index = read_label_index(root)
+    names = index["class_names"]
+    categories = tuple(enumerate(names, start=1)) if categories is None else categories
+    ids = _category_ids(names, categories)
+    document = {
+        "categories": ({"id": identity, "name": name} for identity, name in categories),
+        "images": _coco_images(root, images),
+        "annotations": _coco_annotations(root, index, ids, images),
+    }
+    num_annotations = 0
+
+    def write(file: BinaryIO) -> None:
+        nonlocal num_annotations
+        file.write(b'{"info":{"description":"dfa pseudo-labels, semantic: one annotation per image and class"}')
+        for part, entries in document.items():
+            num_annotations = _write_list(file, part, entries)
+        file.write(b"}\n")
+
+    with _writing(address):
+        storage.write_atomic(address, write)
+    return num_annotations
+
+
+def read_original_ids(annotations: str, class_names: Sequence[str]) -> OriginalIds:
+    """Read the category and image ids of an original COCO annotation file, for `export_coco`.
+
+    Keys are those that `dfa.data.sources.CocoSource` gives to the same file's images.
+
+    Raises:
+        ValueError: no such file, a class that its categories do not name, repeated ids or names, two images with one
+            key.
+    """
+    document = read_coco(annotations)
+    categories = tuple(sorted((int(entry["id"]), str(entry["name"])) for entry in document["categories"]))
+    try:
+        _category_ids(class_names, categories)
+    except ValueError as error:
+        raise ValueError(f"{annotations}: {error}") from error
+    images: dict[str, tuple[int, str]] = {}
+    for entry in document["images"]:
+        name = str(entry["file_name"])
+        key = coco_key(name)
+        if key in images:
+            raise ValueError(f"{annotations}: images {images[key][1]!r} and {name!r} have the same key {key!r}")
+        images[key] = (int(entry["id"]), name)
+    return OriginalIds(categories, images)
+
+
+@contextmanager
+def _writing(address: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(f"labels cannot be exported to {address}: {error}") from error
+
+
+def _samples(root: str, index: dict[str, Any]) -> Iterator[tuple[LabelRow, RawSample]]:
+    """The rows of samples.parquet beside what the shards hold; `image` of the latter is the mask's PNG."""
+    rows = read_label_rows(root)
+    for shard in index["shards"]:
+        address = storage.join(root, shard["name"])
+        for sample in read_shard(address) if shard["num_samples"] else ():
+            row = next(rows, None)
+            if row is None or (row.key, row.shard) != (sample.key, shard["name"]):
+                listed = "no more" if row is None else f"key {row.key!r} of {row.shard}"
+                raise ValueError(f"{address} holds key {sample.key!r} where {SAMPLES_NAME} lists {listed}")
+            yield row, sample
+    if (row := next(rows, None)) is not None:
+        raise ValueError(f"{root}: {SAMPLES_NAME} lists key {row.key!r} of {row.shard}, which the shards do not hold")
+
+
+def _category_ids(class_names: Sequence[str], categories: Sequence[tuple[int, str]]) -> tuple[int, ...]:
+    """The category id of each class, in the order of `class_names`."""
+    by_name = {name: identity for identity, name in categories}
+    if len(by_name) != len(categories) or len(set(by_name.values())) != len(categories):
+        raise ValueError("a category id or name is listed twice")
+    for name in class_names:
+        if name not in by_name:
+            raise ValueError(f"no category is called {name!r}; the nearest is {nearest(name, by_name)!r}")
+    return tuple(by_name[name] for name in class_names)
+
+
+def _coco_images(root: str, images: Mapping[str, tuple[int, str]] | None) -> Iterator[dict[str, Any]]:
+    seen: set[int] = set()
+    for number, row in enumerate(read_label_rows(root), start=1):
+        identity, name = _image_id(row.key, number, images)
+        if identity in seen:
+            raise ValueError(f"two images have the id {identity}; the second is key {row.key!r}")
+        seen.add(identity)
+        yield {"id": identity, "file_name": name, "width": row.width, "height": row.height}
+
+
+def _image_id(key: str, number: int, images: Mapping[str, tuple[int, str]] | None) -> tuple[int, str]:
+    if images is None:
+        return number, f"{key}.jpg"
+    if key not in images:
+        raise ValueError(
+            f"no image id for key {key!r}; there are {len(images)} keys, such as {next(iter(images), '')!r}"
+        )
+    return images[key]
+
+
+def _coco_annotations(
+    root: str, index: dict[str, Any], category_ids: tuple[int, ...], images: Mapping[str, tuple[int, str]] | None
+) -> Iterator[dict[str, Any]]:
+    identity = 0
+    for number, (row, sample) in enumerate(_samples(root, index), start=1):
+        image_id, _ = _image_id(row.key, number, images)
+        for label, region in _regions(row, sample, len(category_ids)):
+            identity += 1
+            yield {
+                "id": identity,
+                "image_id": image_id,
+                "category_id": category_ids[label - 1],
+                **region,
+                "iscrowd": 0,
+                "score": round(row.confidence, 4),
+            }
+
+
+def _regions(row: LabelRow, sample: RawSample, num_classes: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The classes 1..C that a mask shows, ascending, with the segmentation, area and box of each."""
+    where = f"{row.shard}, key {row.key!r}"
+    try:
+        mask_HW = decode_mask(sample.image, max_pixels=_MAX_MAP_PIXELS)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if mask_HW.shape != (row.height, row.width):
+        raise ValueError(f"{where}: the mask is {mask_HW.shape}, its row says {(row.height, row.width)}")
+    check_mask_values(mask_HW, num_classes=num_classes, where=where)
+    present = [int(value) for value in np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256))]
+    for label in (value for value in present if 1 <= value <= num_classes):
+        code: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW == label, np.uint8))  # type: ignore[assignment]
+        yield (
+            label,
+            {
+                "segmentation": {"size": [row.height, row.width], "counts": code["counts"].decode("ascii")},
+                "area": int(coco_mask.area(code)),  # type: ignore[arg-type]
+                "bbox": [int(side) for side in coco_mask.toBbox(code)],  # type: ignore[arg-type]
+            },
+        )
+
+
+def _write_list(file: BinaryIO, name: str, entries: Iterable[dict[str, Any]]) -> int:
+    """Write `,"name":[...]`, an entry a line; return the number of entries."""
+    file.write(f",\n{json.dumps(name)}:[".encode())
+    number = 0
+    for number, entry in enumerate(entries, start=1):
+        file.write((",\n" if number > 1 else "\n").encode() + json.dumps(entry, separators=(",", ":")).encode())
+    file.write(b"]")
+    return number

@@ -1,0 +1,178 @@
+"""What the label factory reads: image shards, or anything that gives samples shard by shard."""
+
+import io
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from dfa.data import storage
+from dfa.data.listing import ImageListing
+from dfa.data.shards import RawSample, SampleRow, ShardEntry, ShardIndex, read_shard, samples_by_shard, sha256_of
+
+
+class ImagePart(Protocol):
+    """The images of one shard: small and picklable, since it travels with every task."""
+
+    @property
+    def address(self) -> str:
+        """Names it in messages."""
+        ...
+
+    def read(self, wanted: Collection[int]) -> Iterator[RawSample]:
+        """The samples of these rows, in their order. Raises BrokenShardError where the shard itself is damaged."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The hash of what is there now. Raises FileNotFoundError where it is gone."""
+        ...
+
+
+class ImageSet(Protocol):
+    """A data set as the factory sees it. `shards` names the label shards and says each one's fingerprint."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def plan_hash(self) -> str: ...
+    @property
+    def shards(self) -> Sequence[ShardEntry]: ...
+
+    def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
+        """The rows of one shard after the other, the first `limit` samples in all."""
+        ...
+
+    def part(self, shard: str) -> ImagePart: ...
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One image shard."""
+
+    address: str
+
+    def read(self, wanted: Collection[int]) -> Iterator[RawSample]:
+        if storage.is_local(self.address):
+            return read_shard(self.address, wanted=wanted)
+        return read_shard(self.address, wanted=wanted, file=io.BytesIO(_remote_bytes(self.address)))
+
+    def fingerprint(self) -> str:
+        if not storage.exists(self.address):
+            raise FileNotFoundError(f"{self.address} is missing, though its index lists it")
+        return sha256_of(self.address)
+
+
+@lru_cache(maxsize=2)
+def _remote_bytes(address: str) -> bytes:
+    """A remote shard is fetched whole, once for all batches of it that a scorer sees in a row."""
+    return storage.read_bytes(address)
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """The image shards of an index."""
+
+    index: ShardIndex
+
+    @property
+    def root(self) -> str:
+        return self.index.root
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.class_names
+
+    @property
+    def num_samples(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def plan_hash(self) -> str:
+        return self.index.plan_hash
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        return self.index.shards
+
+    def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
+        return samples_by_shard(self.index, limit=limit)
+
+    def part(self, shard: str) -> ShardFile:
+        return ShardFile(self.index.path(shard))
+
+
+@dataclass(frozen=True)
+class ListedPart:
+    """The image files of one virtual shard."""
+
+    listing: ImageListing
+    shard: str
+
+    @property
+    def address(self) -> str:
+        return f"{self.listing.root} ({self.shard})"
+
+    def read(self, wanted: Collection[int]) -> Iterator[RawSample]:
+        return self.listing.read(self.shard, wanted)
+
+    def fingerprint(self) -> str:
+        return self.listing.fingerprint(self.shard)
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """The images of a folder."""
+
+    listing: ImageListing
+
+    @property
+    def root(self) -> str:
+        return self.listing.root
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.listing.class_names
+
+    @property
+    def num_samples(self) -> int:
+        return self.listing.num_samples
+
+    @property
+    def plan_hash(self) -> str:
+        return self.listing.plan_hash
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        return self.listing.shards
+
+    def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
+        return self.listing.samples(limit or 0)
+
+    def part(self, shard: str) -> ListedPart:
+        return ListedPart(self.listing.only(shard), shard)
+
+
+SizeClass = Callable[[int, int], object]
+"""(height, width) -> what images must have in common to share a forward pass."""
+
+
+def batches_of(
+    rows: Sequence[SampleRow], *, size_class: SizeClass, batch_images: int, batch_pixels: int
+) -> Iterator[tuple[SampleRow, ...]]:
+    """Rows of one shard in batches of one size class, in an order that depends on the rows alone.
+
+    A batch holds at most `batch_images` images and `batch_pixels` pixels, and at least one image.
+    """
+    by_size: dict[object, list[SampleRow]] = {}
+    for row in rows:
+        by_size.setdefault(size_class(row.height, row.width), []).append(row)
+    for group in by_size.values():
+        # Equal sizes stand together: they are enlarged together.
+        group.sort(key=lambda row: (row.height, row.width, row.row))
+        largest = max(row.height * row.width for row in group)
+        step = max(1, min(batch_images, batch_pixels // max(1, largest)))
+        yield from (tuple(group[start : start + step]) for start in range(0, len(group), step))

@@ -1,0 +1,133 @@
+"""How the label factory divides what a Ray cluster has free between scorers and CRF tasks."""
+
+import time
+from dataclasses import dataclass, replace
+
+import ray
+
+_SCORER_CPUS = 0.25  # of a CPU slot; the CRF's tasks reserve the rest, so that one CPU is enough for both
+_SETTLE_S = 5.0  # what a finished training held comes free within this time
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the user wants of the cluster; 0 and "" leave it to the factory.
+
+    num_scorers: actors that hold the model. scorer_cpus, scorer_gpus: what each reserves; 0.25 GPU lets four share one.
+    crf_cpus: what a CRF task reserves. crf_resource: custom Ray resource of the nodes that CRF tasks may run on.
+    """
+
+    use_gpu: bool = False
+    num_scorers: int = 0
+    scorer_cpus: float = 0.0
+    scorer_gpus: float = 1.0
+    crf_cpus: float = 0.0
+    crf_resource: str = ""
+
+
+@dataclass(frozen=True)
+class Free:
+    """CPUs and GPUs of the nodes for scorers, and CPUs of the nodes for the CRF alone (0 where they are the same)."""
+
+    cpus: float
+    gpus: float
+    crf_cpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has, and what of it was free when this was read."""
+
+    total: Free
+    free: Free
+
+    def grown_since(self, start: "Capacity") -> Free:
+        """What was free at the start, and what nodes have brought or taken since. (What is free now says less: our own
+        tasks hold most of it.)"""
+        names = Free.__dataclass_fields__
+        change = {name: getattr(self.total, name) - getattr(start.total, name) for name in names}
+        return Free(**{name: max(0.0, getattr(start.free, name) + change[name]) for name in names})
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The division; see `derive_slots`. num_crf: CRF tasks that run at a time."""
+
+    num_scorers: int
+    scorer_cpus: float
+    scorer_gpus: float
+    num_crf: int
+    crf_cpus: float
+
+    def window(self, pieces_per_batch: int) -> int:
+        """Pieces that may be between reading and encoding: a batch for each scorer (a second one waits where a GPU must
+        not), and two pieces for each CRF task. This bounds memory and keeps all busy."""
+        return self.num_scorers * pieces_per_batch * (2 if self.scorer_gpus else 1) + 2 * self.num_crf
+
+
+def read_capacity(share: Share, *, settle: bool = False) -> Capacity:
+    """What Ray's nodes have. settle: wait a little for what a job before this one still holds."""
+    deadline = time.monotonic() + (_SETTLE_S if settle else 0.0)
+    while True:
+        total, free = ray.cluster_resources(), ray.available_resources()
+        if free.get("CPU", 0.0) >= total.get("CPU", 0.0) or time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    everything = Free(total.get("CPU", 0.0), total.get("GPU", 0.0))
+    unused = Free(free.get("CPU", 0.0), free.get("GPU", 0.0))
+    if share.crf_resource:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        crf_cpus = sum(node.get("CPU", 0.0) for node in nodes if share.crf_resource in node)
+        everything, unused = (
+            replace(each, cpus=max(0.0, each.cpus - crf_cpus), crf_cpus=crf_cpus) for each in (everything, unused)
+        )
+    return Capacity(everything, unused)
+
+
+def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slots:
+    """Divide free CPUs and GPUs between scorers and CRF tasks.
+
+    By itself: one slot a whole CPU (one smaller slot where less than a CPU is free); each slot runs a CRF task and,
+    without GPUs, a scorer; with GPUs there are as many scorers as GPUs hold. Both fit beside each other, so neither waits
+    for ever. With `share.crf_resource`, scorers have their nodes for themselves and CRF tasks theirs.
+
+    at_least_one: never fail; what is there may come back.
+
+    Raises:
+        ValueError: nothing is free, or what is asked for does not fit.
+    """
+    nothing = free.cpus < 0.1 or (share.use_gpu and free.gpus < share.scorer_gpus)
+    if share.crf_resource and free.crf_cpus < max(0.1, share.crf_cpus):
+        nothing = True
+    if nothing and not at_least_one:
+        raise ValueError(
+            f"labelling needs a free CPU{f' and {share.scorer_gpus:g} of a GPU' if share.use_gpu else ''}"
+            f"{f' and a node with the resource {share.crf_resource!r}' if share.crf_resource else ''};"
+            f" Ray has {free.cpus:g} CPUs and {free.gpus:g} GPUs free"
+            f"{f', {free.crf_cpus:g} CPUs on such nodes' if share.crf_resource else ''}"
+        )
+    slots = max(1, int(free.cpus))
+    cpus = min(1.0, free.cpus / slots) if free.cpus >= 0.1 else 1.0
+    num_scorers = share.num_scorers or max(1, int(free.gpus / share.scorer_gpus + 1e-9) if share.use_gpu else slots)
+    # Where GPUs outnumber the CPUs, scorers still take no more than their share.
+    scorer_cpus = share.scorer_cpus or _floor(_SCORER_CPUS * cpus * min(1.0, slots / num_scorers))
+    if share.crf_resource:
+        crf_cpus = share.crf_cpus or min(1.0, free.crf_cpus or 1.0)
+        num_crf = max(1, int(free.crf_cpus / crf_cpus))
+    else:
+        left = free.cpus - num_scorers * scorer_cpus
+        crf_cpus = share.crf_cpus or _floor(min(left / slots, (1 - _SCORER_CPUS) * cpus))
+        if not at_least_one and (crf_cpus <= 0 or left + 1e-9 < crf_cpus):
+            raise ValueError(
+                f"label.scorers={num_scorers} x label.scorer_cpus={scorer_cpus:g} and a CRF task of"
+                f" label.crf_cpus={max(0.0, crf_cpus):g} do not fit on the {free.cpus:g} CPUs that are free"
+            )
+        crf_cpus = crf_cpus if crf_cpus > 0 else _floor((1 - _SCORER_CPUS) * cpus)
+        num_crf = max(1, int(left / crf_cpus + 1e-9))
+    gpus = share.scorer_gpus if share.use_gpu else 0.0
+    return Slots(num_scorers, scorer_cpus, gpus, num_crf, crf_cpus)
+
+
+def _floor(cpus: float) -> float:
+    """Ray counts CPUs in thousandths at best."""
+    return int(1000 * cpus) / 1000

@@ -1,0 +1,152 @@
+"""A trained model as one object: images in, masks and scores out."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dfa.data.classes import voc_palette
+from dfa.data.transforms import UInt8Array, decode_rgb, rgb_pixels
+from dfa.label.crf import CrfSettings, dense_crf
+from dfa.label.scoring import FloatArray, model_scores
+from dfa.model.segmenter import Segmenter
+
+ImageLike = str | os.PathLike[str] | Image.Image | UInt8Array
+_BATCH_PIXELS = 1_000_000  # of images that share a forward pass: with 21 classes 84 MB of logits
+
+
+class Prediction(NamedTuple):
+    """mask: (H, W) uint8, 0 background, 1..C. scores: (C + 1, H, W) float32, probabilities that sum to 1 over classes;
+    the mask is their argmax, the lower class of equals."""
+
+    mask: UInt8Array
+    scores: FloatArray
+
+
+class Predictor:
+    """A segmenter with what its callers need not know: decoding, batches, softmax, CRF.
+
+    Attributes:
+        class_names: the C foreground classes; `class_names[c - 1]` is mask value c.
+        palette: PASCAL VOC's colours of all mask values, uint8 (256, 3).
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        class_names: Sequence[str],
+        *,
+        scales: Sequence[float],
+        flip: bool,
+        min_probability: float,
+        max_pixels: int,
+    ) -> None:
+        """
+        Args:
+            scales, flip: what `predict` uses where it is told nothing else (METHOD 1.22).
+            min_probability: classes that exceed this nowhere in an image take no part in its CRF.
+            max_pixels: largest width x height accepted.
+        """
+        self.class_names = tuple(class_names)
+        self.palette = voc_palette()
+        self.scales, self.flip = tuple(scales), flip
+        self.min_probability, self.max_pixels = min_probability, max_pixels
+        self._segmenter = segmenter
+
+    def predict(
+        self,
+        image: ImageLike,
+        *,
+        crf: CrfSettings | None = None,
+        scales: Sequence[float] | None = None,
+        flip: bool | None = None,
+    ) -> Prediction:
+        """Segment one image of any size.
+
+        Args:
+            image: path of a JPEG or PNG, a PIL image, or RGB pixels (H, W, 3) uint8. Pixels are taken as they are
+                stored: an EXIF orientation is not applied.
+            crf: refine with a dense CRF, e.g. `dfa.label.crf.PRESETS["deeplab"]`. The scores are then the CRF's, with 0
+                for classes that took no part.
+            scales, flip: factors of the image's size to average over, and whether mirrored copies join; None: what the
+                predictor was made with.
+
+        Returns:
+            Mask and scores at the image's own size.
+
+        Raises:
+            ValueError: neither of the three kinds, a file that does not decode, too many pixels.
+            FileNotFoundError: no such file.
+        """
+        return self.predict_batch([image], crf=crf, scales=scales, flip=flip)[0]
+
+    def predict_batch(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        crf: CrfSettings | None = None,
+        scales: Sequence[float] | None = None,
+        flip: bool | None = None,
+    ) -> list[Prediction]:
+        """Segment several images, of any sizes; those of one size share forward passes. Arguments as in `predict`."""
+        pixels = [self._pixels(image) for image in images]
+        found: dict[int, Prediction] = {}
+        for places in _batches([(each.shape[0], each.shape[1]) for each in pixels]):
+            batch_BHW3 = torch.from_numpy(np.stack([pixels[place] for place in places]))
+            logits_BCHW = self._segmenter.logits(
+                batch_BHW3.permute(0, 3, 1, 2).to(self._segmenter.clip.device),
+                scales=self.scales if scales is None else tuple(scales),
+                flip=self.flip if flip is None else flip,
+            )
+            for place, logits_CHW in zip(places, logits_BCHW, strict=True):
+                found[place] = self._prediction(pixels[place], logits_CHW, crf)
+        return [found[place] for place in range(len(pixels))]
+
+    def _pixels(self, image: ImageLike) -> UInt8Array:
+        if isinstance(image, Image.Image):
+            return self._check(rgb_pixels(image, max_pixels=self.max_pixels))
+        if isinstance(image, str | os.PathLike):
+            with open(image, "rb") as file:
+                data = file.read()
+            try:
+                return decode_rgb(data, max_pixels=self.max_pixels)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(image)}: {error}") from error
+        return self._check(image)
+
+    def _check(self, image_HW3: UInt8Array) -> UInt8Array:
+        """Pixels that came as they are."""
+        if not isinstance(image_HW3, np.ndarray):
+            raise ValueError(
+                f"image is a {type(image_HW3).__name__}; allowed are a path, a PIL image and a uint8 (H, W, 3) array"
+            )
+        shape = image_HW3.shape
+        if image_HW3.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError(f"image is {image_HW3.dtype} {shape}; an array must be uint8 (H, W, 3), RGB")
+        if shape[0] * shape[1] > self.max_pixels:
+            raise ValueError(
+                f"image has {shape[1]} x {shape[0]} = {shape[0] * shape[1]} pixels, more than {self.max_pixels}"
+            )
+        return image_HW3
+
+    def _prediction(self, image_HW3: UInt8Array, logits_CHW: torch.Tensor, crf: CrfSettings | None) -> Prediction:
+        if crf is None:
+            scores_CHW = logits_CHW.float().softmax(0).cpu().numpy()
+        else:
+            chosen = model_scores(logits_CHW[None], min_probability=self.min_probability)[0]
+            scores_CHW = np.zeros(tuple(logits_CHW.shape), np.float32)
+            scores_CHW[list(chosen.class_ids)] = dense_crf(image_HW3, chosen.score_KHW, crf)
+        return Prediction(scores_CHW.argmax(0).astype(np.uint8), scores_CHW)
+
+
+def _batches(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Places of images that share a forward pass: of one size, and within the limit of pixels."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for place, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(place)
+    for (height, width), places in by_size.items():
+        step = max(1, _BATCH_PIXELS // (height * width))
+        yield from (places[first : first + step] for first in range(0, len(places), step))

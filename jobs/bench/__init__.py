@@ -1,0 +1,1 @@
+"""Ours against the peers: `python -m jobs.bench MODE`."""

@@ -1,0 +1,149 @@
+"""predict on a folder of pictures and on shards: the masks are those of `dfa.load(run).predict`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dfa
+from dfa import build
+from dfa.config import load
+from dfa.data import writer
+from dfa.data.shards import read_shard
+from dfa.label.crf import PRESETS
+from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
+from dfa.train.objective import EngineState
+from dfa.world.folder import write_voc
+from jobs import predict
+
+NUM_IMAGES, NUM_BROKEN = 9, 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """An untrained run, and a folder of pictures: scenes, a grey one, a tiny one, and two files that are none."""
+    root = tmp_path_factory.mktemp("predict")
+    small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "data.samples_per_shard=4"]
+    config = load("demo", [f"run={root}/run", f"predict.input={root}/photos", *small])
+    student = build.segmenter(config, torch.device("cpu")).student
+    with torch.no_grad():
+        student.decoder.classify.weight *= 20
+        student.decoder.classify.bias[5:] -= 40  # few classes: the CRF of each picture is short
+    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
+    names = build.class_set(config).names
+    info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
+    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    config.data.root = str(write_voc(root / "world", seed=1, num_train=4, num_val=2))
+    _fill(root / "photos", sorted((root / "world").rglob("*.jpg")))
+    return config
+
+
+def _fill(folder, scenes):
+    (folder / "deep/er").mkdir(parents=True)
+    for number, scene in enumerate(scenes):
+        (folder / ("deep/er" if number % 2 else "") / scene.name).write_bytes(scene.read_bytes())
+    assert len(scenes) == NUM_IMAGES - 3
+    Image.open(scenes[0]).convert("L").save(folder / "grey.png")
+    Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3)).save(folder / "deep/tiny.png")
+    Image.new("RGB", (200, 3), (9, 99, 199)).save(folder / "wide.jpg")
+    (folder / "broken.jpg").write_bytes(scenes[0].read_bytes()[:1000])
+    (folder / "deep/note.png").write_bytes(b"no picture")
+
+
+def _agreement(config, paths_and_masks):
+    """Smallest share of equal pixels between masks and the library call."""
+    model = dfa.load(config.run, scales=config.evaluate.scales, flip=config.evaluate.flip)
+    shares = []
+    for path, mask_HW in paths_and_masks:
+        expected_HW = model.predict(path, crf=PRESETS["deeplab"] if config.predict.crf else None).mask
+        assert mask_HW.shape == expected_HW.shape
+        shares.append((mask_HW == expected_HW).mean())
+    return min(shares)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_folder_of_pictures_gets_the_masks_of_the_model(config):
+    result = predict.work(config)
+    assert (result["num_images"], result["num_rejects"], result["predicted_now"]) == (NUM_IMAGES, NUM_BROKEN, 11)
+    assert len(result["rejects"]) == NUM_BROKEN
+    assert result["rejects"][0].startswith("broken: ")
+    assert "not a JPEG or PNG" in result["rejects"][1]
+    assert sum(result["pixel_share"].values()) == pytest.approx(1, abs=1e-4)  # rounded
+    assert result["output"] == f"{config.run}/predict/photos"
+    assert json.loads(json.dumps(result)) == result
+
+    pngs = {path.stem: path for path in Path(result["png_folder"]).iterdir()}
+    photos = [path for path in Path(config.predict.input).rglob("*.*") if path.stem not in ("broken", "note")]
+    keys = {str(path.relative_to(config.predict.input).with_suffix("")).replace("/", "_"): path for path in photos}
+    assert pngs.keys() == keys.keys()
+    # A batch rounds otherwise than an image alone: a pixel between two classes may go to the other.
+    assert _agreement(config, ((path, np.array(Image.open(pngs[key]))) for key, path in keys.items())) > 0.995
+    assert Image.open(pngs["grey"]).getpalette()[3:6] == [128, 0, 0]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_there_is_not_predicted_again(config):
+    root = Path(predict.work(config)["output"])
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.glob("*.tar")}
+    assert len(before) == 3
+    (root / "shard-000001.json").unlink()
+    again = predict.work(config)
+    assert again["predicted_now"] == 4
+    assert predict.work(config)["predicted_now"] == 0
+    for path in root.glob("*.tar"):
+        time_ns, data = before[path.name]
+        assert path.read_bytes() == data
+        assert (path.stat().st_mtime_ns == time_ns) == (path.name != "shard-000001.tar")
+    # A picture that joins behind the others belongs to the last shard, which alone is done again.
+    late = Path(config.predict.input) / "zz.png"
+    Image.new("RGB", (30, 20), (9, 99, 199)).save(late)
+    joined = predict.work(config)
+    assert (joined["num_images"], joined["predicted_now"]) == (NUM_IMAGES + 1, 4)
+    late.unlink()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_shards_are_predicted_too(config, tmp_path):
+    config.data.split, shards = "train", tmp_path / "shards"
+    plan = writer.plan_shards(
+        build.source(config),
+        class_names=build.class_set(config).names,
+        seed=0,
+        shuffle=True,
+        samples_per_shard=3,
+        max_pixels=20_000,
+    )
+    writer.write_plan(str(shards), plan)
+    for item in plan.items:
+        writer.write_shard(str(shards), item)
+    writer.finish(str(shards), plan, max_reject_share=0)
+    kept = config.predict
+    config.predict = type(kept)(input=str(shards), output=str(tmp_path / "masks"), crf=False, png=False)
+    try:
+        result = predict.work(config)
+        assert (result["num_images"], result["png_folder"], result["output"]) == (4, None, str(tmp_path / "masks"))
+        pictures = {path.stem: path for path in Path(config.data.root).rglob("*.jpg")}
+        found = [one for path in sorted((tmp_path / "masks").glob("*.tar")) for one in read_shard(str(path))]
+        (tmp_path / "png").mkdir()
+        for one in found:
+            (tmp_path / "png" / f"{one.key}.png").write_bytes(one.image)
+        masks = ((pictures[one.key], np.array(Image.open(tmp_path / "png" / f"{one.key}.png"))) for one in found)
+        assert _agreement(config, masks) > 0.995
+        assert len(found) == 4
+    finally:
+        config.predict = kept
+
+
+def test_inputs_that_cannot_be_predicted_are_refused(config, tmp_path):
+    kept, config.predict = config.predict, type(config.predict)(input=str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match="no image in"):
+            predict.work(config)
+        config.predict.input = ""
+        with pytest.raises(ValueError, match=r"predict\.input is empty"):
+            predict.work(config)
+    finally:
+        config.predict = kept
