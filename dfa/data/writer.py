@@ -217,6 +217,8 @@ def _committed(root: str, item: PlanItem) -> ShardReport | None:
         return None
     try:
         document = storage.read_json(marker)
+    except storage.StoreError:
+        raise  # what cannot be asked is not therefore unwritten
     except ValueError:
         return None
     if document.get("config_hash") != item.hash or document.get("size_bytes") != storage.size_bytes(address):

@@ -21,7 +21,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dfa.data.shards import BrokenShardError
-from dfa.label.images import ImageSet, SizeClass, batches_of
+from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, has_changed
 from dfa.label.output import LabelItem, LabelReport, claim, commit, committed, finish, total_tally
 from dfa.label.scoring import LabelSettings
 from dfa.label.slots import Share, derive_slots, read_capacity
@@ -90,10 +90,9 @@ class _OpenShard:
 
     label_pass: LabelPass
     item: LabelItem
-    address: str
+    part: ImagePart
     begin_s: float
     num_pieces: int
-    check: Any
     pieces: dict[int, PieceLabels] = field(default_factory=dict)
     failed: bool = False
 
@@ -217,7 +216,7 @@ class _Line:
             for entry, rows in images.samples(label_pass.limit or None) if todo else ():
                 if entry.name not in todo:
                     continue
-                part = images.part(entry.name)
+                part = images.part(entry)
                 common = (images.class_names, label_pass.settings, label_pass.max_pixels, plan.crf_images)
                 batches = [
                     Batch(part, each, *common)
@@ -228,10 +227,10 @@ class _Line:
                         batch_pixels=plan.batch_pixels,
                     )
                 ]
-                now, check = time.monotonic(), _fingerprint.remote(part)
+                now = time.monotonic()
                 self.starts.setdefault(label_pass.name, now)
                 num_pieces = sum(batch.num_pieces for batch in batches)
-                shard = _OpenShard(label_pass, todo[entry.name], part.address, now, num_pieces, check)
+                shard = _OpenShard(label_pass, todo[entry.name], part, now, num_pieces)
                 number = 0
                 for batch in batches:
                     yield _Job(shard, batch, number, 0, -1, 1)
@@ -294,7 +293,7 @@ class _Line:
         if job.attempt == _MAX_ATTEMPTS:
             keys = [row.key for row in job.batch.rows]
             raise RuntimeError(
-                f"the batch {keys[:4]} of {job.shard.address} lost its workers {_MAX_ATTEMPTS} times; smaller"
+                f"the batch {keys[:4]} of {job.shard.part.address} lost its workers {_MAX_ATTEMPTS} times; smaller"
                 f" label.batch_size, label.batch_pixels or label.crf_images need less memory. Last: {reason}"
             ) from error
         logger.warning("%s: a piece is done again after %s: %s", job.shard.item.shard, type(error).__name__, reason)
@@ -312,7 +311,7 @@ class _Line:
 
     def _commit(self, shard: _OpenShard) -> None:
         item, name = shard.item, shard.label_pass.name
-        if problem := _check_problem(shard):
+        if problem := _problem(shard.part, item.image_sha256):
             self._fail(shard, problem)
             return
         ordered = [shard.pieces[number] for number in range(shard.num_pieces)]
@@ -353,24 +352,12 @@ class _Line:
         )
 
 
-def _check_problem(shard: _OpenShard) -> str | None:
-    """What is wrong with the image shard on disk, None if it is what the index says."""
+def _problem(part: ImagePart, sha256: str) -> str | None:
+    """What is wrong with images that were read just now, None if they still are those of the index."""
     try:
-        found = ray.get(shard.check)
-    except RayTaskError as error:
-        if isinstance(error.cause, FileNotFoundError | ValueError | OSError):
-            return str(error.cause)
-        raise
-    except RayError:
-        found = ray.get(_fingerprint.remote(shard.label_pass.images.part(shard.item.shard)))
-    if found != shard.item.image_sha256:
-        return f"{shard.address} has changed since it was indexed; write the index again (jobs/shard)"
-    return None
-
-
-@ray.remote(num_cpus=0, max_retries=3)
-def _fingerprint(part: Any) -> str:
-    return part.fingerprint()
+        return None if part.fingerprint() == sha256 else has_changed(part.address)
+    except (OSError, ValueError) as error:
+        return f"{part.address} cannot be read: {error}"
 
 
 @ray.remote

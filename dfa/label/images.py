@@ -1,5 +1,6 @@
 """What the label factory reads: image shards, or anything that gives samples shard by shard."""
 
+import hashlib
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,16 @@ from typing import Protocol
 
 from dfa.data import storage
 from dfa.data.listing import ImageListing
-from dfa.data.shards import RawSample, SampleRow, ShardEntry, ShardIndex, read_shard, samples_by_shard, sha256_of
+from dfa.data.shards import (
+    BrokenShardError,
+    RawSample,
+    SampleRow,
+    ShardEntry,
+    ShardIndex,
+    read_shard,
+    samples_by_shard,
+    sha256_of,
+)
 
 
 class ImagePart(Protocol):
@@ -24,7 +34,7 @@ class ImagePart(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """The hash of what is there now. Raises FileNotFoundError where it is gone."""
+        """The hash of what is there now. Raises OSError or ValueError where it is gone."""
         ...
 
 
@@ -46,30 +56,38 @@ class ImageSet(Protocol):
         """The rows of one shard after the other, the first `limit` samples in all."""
         ...
 
-    def part(self, shard: str) -> ImagePart: ...
+    def part(self, entry: ShardEntry) -> ImagePart: ...
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One image shard."""
+    """One image shard, which must have the sha256 of its index."""
 
     address: str
+    sha256: str
 
     def read(self, wanted: Collection[int]) -> Iterator[RawSample]:
         if storage.is_local(self.address):
             return read_shard(self.address, wanted=wanted)
-        return read_shard(self.address, wanted=wanted, file=io.BytesIO(_remote_bytes(self.address)))
+        return read_shard(self.address, wanted=wanted, file=io.BytesIO(_remote_bytes(self.address, self.sha256)))
 
     def fingerprint(self) -> str:
-        if not storage.exists(self.address):
-            raise FileNotFoundError(f"{self.address} is missing, though its index lists it")
-        return sha256_of(self.address)
+        # A remote shard's bytes were compared as each scorer fetched them; to fetch them once more would say no more.
+        return sha256_of(self.address) if storage.is_local(self.address) else self.sha256
 
 
-@lru_cache(maxsize=2)
-def _remote_bytes(address: str) -> bytes:
+@lru_cache(maxsize=1)
+def _remote_bytes(address: str, sha256: str) -> bytes:
     """A remote shard is fetched whole, once for all batches of it that a scorer sees in a row."""
-    return storage.read_bytes(address)
+    data = storage.read_bytes(address)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BrokenShardError(has_changed(address))
+    return data
+
+
+def has_changed(address: str) -> str:
+    """What is said of images that are not those of their index."""
+    return f"{address} has changed since it was indexed; write the index again (jobs/shard)"
 
 
 @dataclass(frozen=True)
@@ -101,8 +119,8 @@ class ShardImages:
     def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
         return samples_by_shard(self.index, limit=limit)
 
-    def part(self, shard: str) -> ShardFile:
-        return ShardFile(self.index.path(shard))
+    def part(self, entry: ShardEntry) -> ShardFile:
+        return ShardFile(self.index.path(entry.name), entry.sha256)
 
 
 @dataclass(frozen=True)
@@ -152,8 +170,8 @@ class ListedImages:
     def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
         return self.listing.samples(limit or 0)
 
-    def part(self, shard: str) -> ListedPart:
-        return ListedPart(self.listing.only(shard), shard)
+    def part(self, entry: ShardEntry) -> ListedPart:
+        return ListedPart(self.listing.only(entry.name), entry.name)
 
 
 SizeClass = Callable[[int, int], object]

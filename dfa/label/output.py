@@ -14,6 +14,8 @@ Shards have the names of the image shards, and their form with the mask in the i
 and any WebDataset reader take them. Outside timings/ no file holds a time or a path: the same work gives the same bytes.
 """
 
+import hashlib
+import io
 import json
 import tarfile
 from collections import Counter
@@ -30,7 +32,7 @@ import torch
 
 from dfa.data import storage
 from dfa.data.offline import LABELS_KIND
-from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, SampleRow, sha256_of
+from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, SampleRow
 from dfa.data.writer import PLAN_NAME, add_member, marker_address, write_json
 from dfa.label.scoring import Agreement, LabelSettings, Tally
 
@@ -167,6 +169,8 @@ def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardRepor
         return None
     try:
         document = storage.read_json(marker)
+    except storage.StoreError:
+        raise  # not read is not the same as not there
     except ValueError:
         return None
     same = document.get("hash") == item.hash and document.get("image_sha256") == item.image_sha256
@@ -217,15 +221,18 @@ def _commit(
 ) -> None:
     address = storage.join(root, item.shard)
     ordered = sorted(records, key=lambda record: record.quality.row)
-    storage.write_atomic(address, lambda file: _write_tar(file, ordered))
+    data = io.BytesIO()
+    _write_tar(data, ordered)
+    content = data.getbuffer()
+    storage.write_atomic(address, lambda file: file.write(content))
     folder = storage.join(root, TIMINGS_FOLDER)
     storage.make_folder(folder)
     write_json(marker_address(folder, item.shard), {name: round(value, 4) for name, value in timings.items()})
     report = ShardReport(
         shard=item.shard,
         num_samples=len(ordered),
-        size_bytes=storage.size_bytes(address),
-        sha256=sha256_of(address),
+        size_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
         image_sha256=item.image_sha256,
         hash=item.hash,
         rejects=tuple(rejects),

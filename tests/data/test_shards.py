@@ -25,7 +25,7 @@ from dfa.data.shards import BrokenShardError, load_index, read_samples, read_sha
 from dfa.data.sources import CocoSource, MaskFile, MaskSegments, Reject, Sample, VocSource, mask_array
 from dfa.data.transforms import decode_mask, decode_rgb
 from dfa.data.writer import finish, pending, plan_shards, write_plan, write_shard
-from tests.data.object_store import address, object_store
+from tests.data.object_store import DisturbedWay, address, object_store
 
 SETTINGS = {
     "class_names": ("cat", "dog"),
@@ -461,6 +461,19 @@ def test_a_shard_is_read_from_content_that_the_caller_holds(samples, tmp_path):
 
 
 # Shards in an object store
+
+
+def test_a_marker_that_cannot_be_fetched_does_not_count_as_unwritten(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "RETRY_PAUSE_S", 0.0)
+    plan = plan_shards(samples, **SETTINGS)
+    with object_store() as port:
+        shard_all(address(port, "x"), plan)
+        way = DisturbedWay(port)
+        way.refuse, way.refusals = b"GET /bucket/x/shard-000001.json", 2
+        with pytest.raises(storage.StoreError, match=r"shard-000001\.json.*ACCESS_DENIED"):
+            pending(address(way.port, "x"), plan)
+        assert pending(address(way.port, "x"), plan) == ()
+        way.close()
 
 
 def test_shards_in_an_object_store_are_those_of_a_folder(samples, tmp_path):

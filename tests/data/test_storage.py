@@ -99,6 +99,17 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(root):
     assert storage.list_names(root) == ["old"] and storage.read_bytes(old) == b"old"
 
 
+def test_a_folder_is_removed_with_all_that_it_holds_and_nothing_beside_it(root):
+    storage.make_folder(storage.join(root, "old/inner"))
+    for name in ("old/x", "old/inner/y", "older"):
+        put(storage.join(root, name), b"data")
+    for _ in range(2):
+        storage.remove_tree(storage.join(root, "old"))
+    assert storage.list_names(root) == ["older"]
+    storage.remove_tree(storage.join(root, "older"))
+    assert storage.list_names(root) == []
+
+
 def test_what_is_not_there_is_named(root):
     missing = storage.join(root, "nothing")
     for read in (storage.read_bytes, storage.read_json, storage.size_bytes):

@@ -41,7 +41,7 @@ def make_scorers():
     return {"colour": colour_scores}
 
 
-def write_images(folder: Path, *, sizes, samples_per_shard):
+def write_images(folder: Path, *, sizes, samples_per_shard, root=None):
     """Image shards of one image for each (height, width), with ground truth; the fifth image has no label."""
     rng, samples = np.random.default_rng(0), []
     for number, (height, width) in enumerate(sizes):
@@ -54,7 +54,7 @@ def write_images(folder: Path, *, sizes, samples_per_shard):
     plan = plan_shards(
         samples, class_names=CLASSES, seed=0, shuffle=False, samples_per_shard=samples_per_shard, max_pixels=10**6
     )
-    root = str(folder / "shards")
+    root = root or str(folder / "shards")
     write_plan(root, plan)
     for item in plan.items:
         write_shard(root, item)

@@ -21,11 +21,13 @@ import torch
 import webdataset
 from PIL import Image
 
+from dfa.data import storage
 from dfa.data.shards import load_index, read_shard
 from dfa.data.transforms import decode_mask
 from dfa.label import factory
 from dfa.label.scoring import label_image
 from dfa.label.slots import Share
+from tests.data.object_store import DisturbedWay, address, object_store
 from tests.label.colours import (
     SETTINGS,
     colour_pass,
@@ -205,6 +207,32 @@ def test_samples_without_label_or_pixels_are_rejected_with_their_reason(shards, 
     assert sorted(reasons) == ["k0", "k4"]
     assert reasons["k4"].startswith("no image-level label")
     assert report.num_samples == 8
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_images_and_labels_may_lie_in_an_object_store_behind_a_bad_line(tmp_path):
+    sizes = [[(12, 16), (16, 12), (13, 17)][n % 3] for n in range(10)]
+    local = write_images(tmp_path, sizes=sizes, samples_per_shard=4)
+    _run(local, tmp_path / "labels")
+    with object_store() as port:
+        way = DisturbedWay(port)
+        remote = write_images(tmp_path, sizes=sizes, samples_per_shard=4, root=address(way.port, "images"))
+        assert [shard.sha256 for shard in remote.shards] == [shard.sha256 for shard in local.shards]
+        way.cut_after, way.cuts = 3000, 2
+        output = address(way.port, "made/labels")
+        report = _run(remote, output).report
+        assert way.cuts == 0
+        assert report.num_samples == 10
+        expected = label_bytes(tmp_path / "labels")
+        # The plan's hash holds no address, so even that is the same.
+        assert {name: storage.read_bytes(storage.join(output, name)) for name in expected} == expected
+        assert _run(remote, output).images_now == 0
+        changed = storage.join(remote.root, "shard-000001.tar")
+        content = bytearray(storage.read_bytes(changed))
+        content[600] ^= 1
+        storage.write_atomic(changed, lambda file: file.write(bytes(content)))
+        with pytest.raises(ValueError, match=r"1 of 3 shards.*shard-000001\.tar.*has changed"):
+            _run(remote, address(way.port, "again"))
 
 
 def _kill_once(title: str, killed: list[int]) -> None:
