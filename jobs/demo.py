@@ -2,6 +2,7 @@
 
 python -m jobs.demo                  again continues where it stopped
 python -m jobs.demo --fresh          starts afresh
+python -m jobs.demo --second-stage   also trains a second student from scratch on the labels of the first
 python -m jobs.demo --supervised     also trains the same decoder on ground truth, the upper bound
 python -m jobs.demo train.seed=1 run=runs/demo1
 """
@@ -56,7 +57,7 @@ class _PeakMemory:
             return 0
 
 
-def work(config: Config, *, fresh: bool, supervised: bool) -> Result:
+def work(config: Config, *, fresh: bool, second_stage: bool, supervised: bool) -> Result:
     """Run every stage; each continues by itself what an earlier run left."""
     folder = Path(config.run)
     if fresh and folder.exists():
@@ -74,7 +75,11 @@ def work(config: Config, *, fresh: bool, supervised: bool) -> Result:
             raise KeyboardInterrupt
         labelled = _stage("labelling the training images", lambda: pseudo_label.work(config))
         scores = _stage("evaluating", lambda: evaluate.work(config))
-        bound = None
+        second, bound = Result(), None
+        if second_stage:
+            second = _stage(
+                "training a second student on the labels", lambda: _second_stage(config, labelled["labels"])
+            )
         if supervised:
             bound = _stage("training on ground truth", lambda: _supervised(config))["val_miou"]
         seconds = time.monotonic() - started
@@ -82,6 +87,7 @@ def work(config: Config, *, fresh: bool, supervised: bool) -> Result:
             "seconds": seconds,
             "peak_gb": memory.peak_gb,
             "command": "python -m jobs.demo",
+            "second_stage_miou": second.get("val_miou"),
             "supervised_miou": bound,
         }
         page = _stage("writing the report", lambda: report.work(config, extra))
@@ -90,6 +96,8 @@ def work(config: Config, *, fresh: bool, supervised: bool) -> Result:
     return {
         "job": "demo",
         **{name: scores[name] for name in ("seed_miou", "mask_miou", "val_miou", "val_miou_no_crf")},
+        "second_stage_miou": second.get("val_miou"),
+        "second_stage_miou_no_crf": second.get("val_miou_no_crf"),
         "supervised_miou": bound,
         "seconds": round(seconds, 1),
         "peak_gb": round(memory.peak_gb, 2),
@@ -129,12 +137,23 @@ def _shard(config: Config, split: str) -> Result:
     return shard.work(part)
 
 
+def _second_stage(config: Config, labels: str) -> Result:
+    part = copy.deepcopy(config)
+    part.run, part.loss.supervision, part.shards.labels = f"{config.run}/second_stage", "labels", labels
+    return _train_and_score(part)
+
+
 def _supervised(config: Config) -> Result:
     part = copy.deepcopy(config)
-    part.run, part.loss.supervision = f"{config.run}/supervised", "masks"
-    part.evaluate.parts = ["val"]
-    train.work(part)
-    return evaluate.work(part)
+    part.run, part.loss.supervision, part.shards.labels = f"{config.run}/supervised", "masks", ""
+    return _train_and_score(part)
+
+
+def _train_and_score(config: Config) -> Result:
+    config.evaluate.parts = ["val"]
+    if train.work(config)["interrupted"]:
+        raise KeyboardInterrupt
+    return evaluate.work(config)
 
 
 def main() -> None:
@@ -142,10 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conf", default="demo", help="a name in conf/ or the path of a YAML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run's folder first")
+    parser.add_argument("--second-stage", action="store_true", help="also train a second student on the labels")
     parser.add_argument("--supervised", action="store_true", help="also measure the bound with ground-truth masks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    run(lambda: work(load(arguments.conf, arguments.overrides), fresh=arguments.fresh, supervised=arguments.supervised))
+    choices = {name: getattr(arguments, name) for name in ("fresh", "second_stage", "supervised")}
+    run(lambda: work(load(arguments.conf, arguments.overrides), **choices))
 
 
 if __name__ == "__main__":

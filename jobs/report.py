@@ -29,18 +29,20 @@ _SCORES = {
     "val_miou": ("model on held-out images", "mIoU, several scales, flip and CRF"),
     "mask_miou": ("pseudo-masks", "mIoU on the training images, CAM and CRF"),
     "seed_miou": ("CAM seeds", "mIoU on the training images, best threshold"),
+    "second_stage_miou": ("second student", "the same, trained from scratch on the first one's CAM + CRF labels"),
     "supervised_miou": ("trained on ground truth", "mIoU on held-out images: the bound, not a result"),
 }
+_EXTRA_SCORES = ("second_stage_miou", "supervised_miou")
 
 
 def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
     """Write RUN/report.html.
 
-    extra: further scores and provenance that the caller measured (keys `supervised_miou`, `seconds`, `peak_gb`,
-    `command`).
+    extra: further scores and provenance that the caller measured (keys `second_stage_miou`, `supervised_miou`,
+    `seconds`, `peak_gb`, `command`).
     """
     folder, extra = Path(config.run), extra or {}
-    scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k == "supervised_miou"}
+    scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k in _EXTRA_SCORES}
     segmenter = build.trained_segmenter(config, build.device(config), config.label.checkpoint)
     names, pictures, sheet = build.class_set(config).names, [], []
     for split, title in (("val", "held-out"), ("train", "training")):

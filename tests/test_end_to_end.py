@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from pycocotools.coco import COCO
 
 from dfa import config
 from jobs import demo, evaluate, pseudo_label, report, shard, train
@@ -65,7 +67,16 @@ def test_real_voc_photographs_go_through_every_job_at_320_pixels(sample_data, tm
     data = [f"data.root={root}", f"data.label_file={sample_data}/voc_mini/image_labels.txt"]
     data += ["data.masks=SegmentationClassAug", "data.samples_per_shard=3"]
     splits = {split: [f"data.split={tmp_path}/{split}.txt"] for split in ("train", "val")}
-    check(run_jobs("voc_dfa", tmp_path, data, splits), 5)
+    results = run_jobs("voc_dfa", tmp_path, [*data, "label.png=true", "label.compare_model=true"], splits)
+    check(results, 5)
+    made = results["pseudo_label"]
+    for path in Path(made["png_folder"]).iterdir():
+        mask, photograph = Image.open(path), Image.open(root / f"JPEGImages/{path.stem}.jpg")
+        assert (mask.mode, mask.size) == ("P", photograph.size)
+    quality = json.loads((Path(made["quality"]).parent / "quality.json").read_text())
+    assert quality["num_images"] == 5
+    assert 0 <= quality["agreement_model"] <= 1
+    assert Path(made["quality"]).read_text(encoding="utf-8").count("<img") >= 10
 
 
 def test_real_coco_photographs_go_through_every_job_at_320_pixels(sample_data, tmp_path, ray_session):
@@ -79,16 +90,39 @@ def test_real_coco_photographs_go_through_every_job_at_320_pixels(sample_data, t
         annotations = tmp_path / f"{split}.json"
         annotations.write_text(json.dumps(document))
         splits[split] = [f"data.root={root}/{split}2014", f"data.annotations={annotations}"]
-    check(run_jobs("coco_dfa", tmp_path, ["data.masks=annotations", "data.samples_per_shard=2"], splits), 4)
+    data = ["data.masks=annotations", "data.samples_per_shard=2", f"data.annotations={tmp_path}/train.json"]
+    results = run_jobs("coco_dfa", tmp_path, [*data, "label.coco=true"], splits)
+    check(results, 4)
+    made, original = COCO(results["pseudo_label"]["coco"]), COCO(str(tmp_path / "train.json"))
+    assert {key: made.imgs[key]["file_name"] for key in made.imgs} == {
+        key: original.imgs[key]["file_name"] for key in made.imgs
+    }
+    assert len(made.imgs) == 4
+    assert {key: made.cats[key]["name"] for key in made.cats} == {
+        key: original.cats[key]["name"] for key in original.cats
+    }
+    for annotation in made.anns.values():
+        image = made.imgs[annotation["image_id"]]
+        assert made.annToMask(annotation).shape == (image["height"], image["width"])
 
 
 def test_the_demo_runs_from_nothing_and_again_without_repeating_itself(tmp_path, ray_session):
     overrides = [*QUICK, f"run={tmp_path}/demo", "world.num_train=6", "world.num_val=4", "data.samples_per_shard=3"]
-    first = demo.work(config.load("demo", overrides), fresh=False, supervised=False)
-    wanted = {"seed_miou", "mask_miou", "val_miou", "supervised_miou", "seconds", "peak_gb", "report"}
+    first = demo.work(config.load("demo", overrides), fresh=False, second_stage=True, supervised=False)
+    wanted = {
+        "seed_miou",
+        "mask_miou",
+        "val_miou",
+        "second_stage_miou",
+        "supervised_miou",
+        "seconds",
+        "peak_gb",
+        "report",
+    }
     assert wanted <= first.keys() and Path(first["report"]).exists() and first["peak_gb"] > 0
+    assert 0 <= first["second_stage_miou"] <= 100
     metrics = (tmp_path / "demo/metrics.jsonl").read_bytes()
-    again = demo.work(config.load("demo", overrides), fresh=False, supervised=False)
+    again = demo.work(config.load("demo", overrides), fresh=False, second_stage=False, supervised=False)
     assert (tmp_path / "demo/metrics.jsonl").read_bytes() == metrics
     assert {k: again[k] for k in ("seed_miou", "mask_miou", "val_miou")} == {
         k: first[k] for k in ("seed_miou", "mask_miou", "val_miou")
@@ -98,5 +132,5 @@ def test_the_demo_runs_from_nothing_and_again_without_repeating_itself(tmp_path,
 def test_a_folder_that_no_demo_made_is_never_deleted(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not made by the demo"):
-        demo.work(config.load("demo", [f"run={tmp_path}"]), fresh=True, supervised=False)
+        demo.work(config.load("demo", [f"run={tmp_path}"]), fresh=True, second_stage=False, supervised=False)
     assert (tmp_path / "precious.txt").exists()

@@ -1,7 +1,10 @@
 """pseudo_label and evaluate on a few scenes with random weights: the numbers against torchmetrics on what they wrote."""
 
+import copy
 import io
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from dfa import build
 from dfa.config import load
 from dfa.data import writer
+from dfa.data.offline import resolve
 from dfa.data.shards import read_shard
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
@@ -106,6 +110,53 @@ def test_the_seed_of_the_factory_is_the_segmenters_own(config):
     expected = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
     # Rounding of batched against single products may move a pixel at the threshold: 1 of 75 000 is .01 % of a class.
     assert dict(map(tuple, result["seed_curve"]))[0.4] == pytest.approx(expected, abs=0.05)
+
+
+def _checkpoint(config, step, val_miou):
+    """A checkpoint whose student depends on its number."""
+    config = copy.deepcopy(config)
+    config.train.seed = step
+    student = build.segmenter(config, torch.device("cpu")).student
+    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
+    info = CheckpointInfo(step, 0, 0, val_miou, 0, 1.0, build.class_set(config).names, build.model_description(config))
+    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_following_labels_with_each_better_checkpoint_until_training_ends(config, tmp_path):
+    config = copy.deepcopy(config)
+    config.run, config.train.steps = str(tmp_path / "run"), 4
+    config.label.follow, config.label.follow_interval_s, config.label.worst = True, 0.1, 0
+    config.label.unary, config.label.checkpoint = "model", "best"  # an untrained affinity does not depend on its seed
+    root = tmp_path / "run/labels/train_follow"
+    assert resolve(str(root)) is None  # a training that starts now has no offline labels yet
+    results = []
+    follower = threading.Thread(target=lambda: results.append(pseudo_label.work(config)))
+    follower.start()
+    seen = []
+    for step, val_miou in ((1, 0.3), (2, 0.5), (3, 0.4), (4, 0.6)):
+        _checkpoint(config, step, val_miou)
+        if step == 3:
+            time.sleep(1.0)  # worse than the best: nothing to do
+            continue
+        wanted = f"step-{step:08d}"
+        deadline = time.monotonic() + 120
+        while (resolve(str(root)) or "").rsplit("/", 1)[-1] != wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+        seen.append(resolve(str(root)))
+    follower.join(timeout=120)
+    assert [each["step"] for each in results[0]["generations"]] == [1, 2, 4]
+    assert [Path(each).name for each in seen] == ["step-00000001", "step-00000002", "step-00000004"]
+    kept = sorted(path.name for path in root.iterdir() if path.name.startswith("step-"))
+    assert kept == ["step-00000002", "step-00000004"]
+    config.label.follow, config.label.checkpoint = False, "4"
+    direct = Path(pseudo_label.work(config)["labels"])
+    for tar in direct.glob("*.tar"):
+        assert tar.read_bytes() == (root / "step-00000004" / tar.name).read_bytes()
+        assert tar.read_bytes() != (root / "step-00000002" / tar.name).read_bytes()
+    # Started again, it finds all done.
+    config.label.follow, config.label.checkpoint = True, "best"
+    assert pseudo_label.work(config)["generations"] == []
 
 
 def test_shards_without_masks_and_unknown_parts_are_refused(config):
