@@ -1,7 +1,7 @@
 """Label an image set with the run's checkpoint: `python -m jobs.pseudo_label CONF label.split=train`.
 
 CAM (or with label.unary=model the model's logits), then dense CRF on the classes of each image, as label shards in
-RUN/labels/SPLIT (or label.output). Killed and started again it labels what is missing, to the same bytes. Beside them:
+RUN/labels/SPLIT (SPLIT_model), or label.output. Killed and started again it labels what is missing, to the same bytes. Beside them:
 SPLIT_quality/quality.html and .json always; SPLIT_png with label.png=true (VOC's form); SPLIT_coco.json with
 label.coco=true (instances with run-length masks).
 

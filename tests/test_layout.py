@@ -19,6 +19,7 @@ DOORS = {
     "pydensecrf": {"dfa/label/crf"},
     "matplotlib": {"dfa/report/figures"},
     "omegaconf": {"dfa/config"},
+    "fsspec": {"dfa/data/storage"},
     "pycocotools": {"dfa/data/sources", "dfa/label/export"},
 }
 FORBIDDEN_NAMES = {"utils", "common", "base", "registry", "types", "helpers"}

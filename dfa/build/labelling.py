@@ -67,10 +67,12 @@ def factory_plan(config: Config, passes: Sequence[LabelPass]) -> FactoryPlan:
 
 
 def label_pass(config: Config, split: str, *, limit: int = 0, output: str = "") -> LabelPass:
-    """The pseudo-labels that label.unary names, for `train` or `val` shards, into RUN/labels (or `output`)."""
+    """The pseudo-labels that label.unary names, for `train` or `val` shards, into RUN/labels/SPLIT (SPLIT_model where the
+    model's logits are the unary), or `output`."""
     if config.label.unary == "cam":
         return seed_pass(config, split, with_crf=True, limit=limit, output=output)
     scorer = "restricted" if config.label.restrict else "model"
+    output = output or str(Path(config.run) / "labels" / f"{split}_model")
     return _shard_pass(config, split, scorer, "labels", with_crf=True, limit=limit, output=output)
 
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -139,7 +139,9 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
 
 
 def _settings_hash(label_pass: LabelPass) -> str:
-    return hashlib.sha256(f"{label_pass.hash} {label_pass.settings!r} {label_pass.max_pixels}".encode()).hexdigest()
+    # Without the extra maps: shards that have them serve those who do not ask for them.
+    settings = replace(label_pass.settings, soft=False, confidence=False)
+    return hashlib.sha256(f"{label_pass.hash} {settings!r} {label_pass.max_pixels}".encode()).hexdigest()
 
 
 def _items(label_pass: LabelPass) -> list[LabelItem]:
@@ -327,7 +329,7 @@ class _Line:
                 timings[kind] = timings.get(kind, 0.0) + seconds
                 total[kind] = total.get(kind, 0.0) + seconds
         timings = {f"{kind}_s": seconds for kind, seconds in timings.items()} | {"wall_s": now - shard.begin_s}
-        commit(shard.label_pass.output, item, records, rejects, tally, timings)
+        commit(shard.label_pass.output, item, shard.label_pass.settings, records, rejects, tally, timings)
         shard.pieces.clear()
         self.seconds[name] = time.monotonic() - self.starts[name]
 

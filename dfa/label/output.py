@@ -118,6 +118,8 @@ class ShardReport:
     sha256: str
     image_sha256: str
     hash: str
+    soft: bool
+    confidence: bool
     rejects: tuple[LabelReject, ...]
     tally: Tally
     samples: tuple[Quality, ...]
@@ -163,7 +165,8 @@ def _claim(root: str, wanted: dict[str, Any]) -> None:
 
 
 def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardReport | None:
-    """The report of a label shard that is whole on disk and was made for this very item, else None."""
+    """The report of a label shard that is whole on disk, was made for this very item and has the maps that the settings ask
+    for, else None."""
     marker, address = marker_address(root, item.shard), storage.join(root, item.shard)
     if not storage.exists(marker) or not storage.exists(address):
         return None
@@ -174,6 +177,7 @@ def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardRepor
     except ValueError:
         return None
     same = document.get("hash") == item.hash and document.get("image_sha256") == item.image_sha256
+    same = same and document["soft"] >= settings.soft and document["confidence"] >= settings.confidence
     if not same or document.get("size_bytes") != storage.size_bytes(address):
         return None
     tally = _tally_from_plain(document.pop("tally"), settings)
@@ -191,6 +195,7 @@ def _qualities(columns: dict[str, list[Any]]) -> tuple[Quality, ...]:
 def commit(
     root: str,
     item: LabelItem,
+    settings: LabelSettings,
     records: Sequence[LabelRecord],
     rejects: Sequence[LabelReject],
     tally: Tally,
@@ -202,7 +207,7 @@ def commit(
         UnwritableError: full disk, no permission, a store that is gone.
     """
     try:
-        _commit(root, item, records, rejects, tally, timings)
+        _commit(root, item, settings, records, rejects, tally, timings)
     except OSError as error:
         address = storage.join(root, item.shard)
         raise UnwritableError(
@@ -214,6 +219,7 @@ def commit(
 def _commit(
     root: str,
     item: LabelItem,
+    settings: LabelSettings,
     records: Sequence[LabelRecord],
     rejects: Sequence[LabelReject],
     tally: Tally,
@@ -235,6 +241,8 @@ def _commit(
         sha256=hashlib.sha256(content).hexdigest(),
         image_sha256=item.image_sha256,
         hash=item.hash,
+        soft=settings.soft,
+        confidence=settings.confidence,
         rejects=tuple(rejects),
         tally=tally,
         samples=(),

@@ -126,6 +126,17 @@ def test_soft_maps_confidence_and_quality_are_read_by_webdataset_pil_and_parquet
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_labels_with_extra_maps_serve_those_who_do_not_ask_and_others_are_made_anew(shards, tmp_path):
+    with_maps = replace(SETTINGS, soft=True, confidence=True)
+    _run(shards, tmp_path / "a", settings=with_maps)
+    made = label_bytes(tmp_path / "a")
+    assert _run(shards, tmp_path / "a").images_now == 0
+    assert label_bytes(tmp_path / "a") == made
+    _run(shards, tmp_path / "b")
+    assert _run(shards, tmp_path / "b", settings=replace(SETTINGS, soft=True)).images_now == 10
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_new_content_replaces_labels_and_foreign_folders_are_left_alone(shards, tmp_path):
     output = tmp_path / "labels"
     _run(shards, output, limit=4)
