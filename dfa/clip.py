@@ -385,8 +385,9 @@ def _attend_and_keep(query: Tensor, key: Tensor, value: Tensor, kept_BXNN: Tenso
     weight_BATT = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
     patches_BANN = weight_BATT[:, :, 1:, 1:]
     if kept_BXNN.shape[1] == 1:
-        patches_BANN = patches_BANN.mean(1, keepdim=True, dtype=torch.float32)
-    kept_BXNN.copy_(patches_BANN)
+        torch.mean(patches_BANN, 1, keepdim=True, dtype=torch.float32, out=kept_BXNN)
+    else:
+        kept_BXNN.copy_(patches_BANN)
     if renormalize_rows:
         kept_BXNN.div_(kept_BXNN.sum(-1, keepdim=True))
     return weight_BATT @ value

@@ -53,7 +53,7 @@ def sinkhorn_normalize(weight_BNN: Tensor, *, rounds: int) -> Tensor:
 def symmetric_affinity(weight_BNN: Tensor, *, rounds: int) -> Tensor:
     """`A = 1/2 (Norm(W) + Norm(W)^T)` (METHOD 1.5). For propagation; its entries are ~1/N, so losses take sigmoids instead."""
     normalized_BNN = sinkhorn_normalize(weight_BNN, rounds=rounds)
-    return 0.5 * (normalized_BNN + normalized_BNN.mT)
+    return (normalized_BNN + normalized_BNN.mT).mul_(0.5)
 
 
 def pair_channels(attention_BLNN: Tensor, tokens_BLND: Tensor | None, *, source: PairSource) -> Tensor:
@@ -70,10 +70,14 @@ def pair_channels(attention_BLNN: Tensor, tokens_BLND: Tensor | None, *, source:
     if tokens_BLND is None:
         raise ValueError("source attention+features needs tokens_BLND, got None")
     with torch.no_grad(), torch.autocast(attention_BLNN.device.type, enabled=False):
-        tokens_BLND = tokens_BLND.float()
-        direction_BLND = functional.normalize(tokens_BLND - tokens_BLND.mean(-2, keepdim=True), dim=-1)
+        direction_BLND = _directions(tokens_BLND)
         cosine_BLNN = direction_BLND @ direction_BLND.mT
         return torch.cat([attention_BLNN.to(cosine_BLNN.dtype), cosine_BLNN], dim=1)
+
+
+def _directions(tokens_BLND: Tensor) -> Tensor:
+    tokens_BLND = tokens_BLND.float()
+    return functional.normalize(tokens_BLND - tokens_BLND.mean(-2, keepdim=True), dim=-1)
 
 
 class PairLogit(nn.Module):
@@ -129,7 +133,7 @@ class PairLogit(nn.Module):
 
     def positive(self, logit_BNN: Tensor) -> Tensor:
         """`exp(clip(l))`, what Norm takes: entries in [e^-clip, e^clip]."""
-        return logit_BNN.clamp(-self.clip, self.clip).exp()
+        return logit_BNN.clamp(-self.clip, self.clip).exp_()
 
     def _prior(self, channels_BXNN: Tensor) -> Tensor:
         num_patches, num_attention = channels_BXNN.shape[-1], self.num_channels - self.num_feature_channels
@@ -143,6 +147,85 @@ class PairLogit(nn.Module):
             return prior_BNN
         cosine_BNN = channels_BXNN[:, num_attention:].mean(1, dtype=torch.float32)
         return prior_BNN + (0.5 * self.gain.float()) * (cosine_BNN + cosine_BNN.mT)
+
+
+@torch.no_grad()
+def both_logits(
+    low: PairLogit, high: PairLogit, attention_BLNN: Tensor, tokens_BLND: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`low` of the attention and `high` of its inverse, B x N x N each, for inference: what their `forward` gives from
+    `pair_channels`, without gradient and in about 0.6 of the time.
+
+    tokens_BLND: for modules with feature channels, else None. Their `clip` must agree. Inverse attention is -W off the diagonal, so
+    that both bands read the same channels, with the sign in high's weights; its N entries on the diagonal are computed apart. One
+    image at a time: what is made of it stays in a processor's cache.
+    """
+    if low.clip != high.clip or low.num_feature_channels != high.num_feature_channels:
+        raise ValueError("the two affinities must have one clip and the same feature channels")
+    if (tokens_BLND is not None) != (low.num_feature_channels > 0):
+        raise ValueError(f"{low.num_feature_channels} feature channels expected, tokens_BLND is {type(tokens_BLND)}")
+    num_images, num_attention, num_patches, _ = attention_BLNN.shape
+    given = num_attention + (0 if tokens_BLND is None else tokens_BLND.shape[1])
+    if (low.num_channels, high.num_channels) != (given, given):
+        raise ValueError(f"{given} pair channels given, {low.num_channels} and {high.num_channels} expected")
+    with torch.autocast(attention_BLNN.device.type, enabled=False):
+        logit_2BNN = torch.empty(2, num_images, num_patches, num_patches, device=attention_BLNN.device)
+        for image in range(num_images):
+            tokens_LND = None if tokens_BLND is None else tokens_BLND[image]
+            _both_of_one(low, high, attention_BLNN[image].float(), tokens_LND, logit_2BNN[:, image])
+    return logit_2BNN[0], logit_2BNN[1]
+
+
+def _both_of_one(
+    low: PairLogit, high: PairLogit, attention_LNN: Tensor, tokens_LND: Tensor | None, logit_2NN: Tensor
+) -> None:
+    num_attention, num_patches, _ = attention_LNN.shape
+    # The last channel is 1: the bias is one more weight.
+    x_XNN = attention_LNN.new_empty(low.num_channels + 1, num_patches, num_patches)
+    x_XNN[-1] = 1
+    torch.mul(attention_LNN, num_patches, out=x_XNN[:num_attention])
+    mean_NN = x_XNN[:num_attention].sum(0)
+    mean_NN = (mean_NN + mean_NN.T).mul_(0.5 / num_attention)
+    mean_cosine_NN = None
+    if tokens_LND is not None:
+        direction_LND = _directions(tokens_LND)
+        torch.bmm(direction_LND, direction_LND.mT, out=x_XNN[num_attention:-1])
+        mean_cosine_NN = x_XNN[num_attention:-1].mean(0)
+    x_XNN[:-1].clamp_(-low.clip, low.clip)
+    diagonal_XN = x_XNN.diagonal(dim1=1, dim2=2).clone()
+    diagonal_LN = num_patches * (1 - attention_LNN.diagonal(dim1=1, dim2=2))
+    diagonal_XN[:num_attention] = diagonal_LN.clamp(-low.clip, low.clip)
+    _both_mlps(low, high, x_XNN, diagonal_XN, num_attention, logit_2NN)
+    # In place from here on: the maps of one image stay where they are.
+    inverse_NN = mean_NN.neg()
+    inverse_NN.diagonal().add_(num_patches)
+    mean_NN.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+    for pair, prior_NN, logit_NN in zip((low, high), (mean_NN, inverse_NN), logit_2NN, strict=True):
+        if pair.gain is not None and mean_cosine_NN is not None:
+            logit_NN.addcmul_(mean_cosine_NN, pair.scale.float() * pair.gain.float())
+        logit_NN.copy_((logit_NN + logit_NN.T).mul_(0.5))
+        logit_NN.addcmul_(prior_NN.clamp_(-pair.clip, pair.clip), pair.scale.float()).add_(pair.bias.float())
+
+
+def _both_mlps(
+    low: PairLogit, high: PairLogit, x_XNN: Tensor, diagonal_XN: Tensor, num_attention: int, output_2NN: Tensor
+) -> None:
+    """`w2 relu(W1 x + b1)` of both bands into output_2NN; the high band's x is negated in the attention channels, and on the
+    diagonal it is diagonal_XN."""
+    weight_low, weight_high = (
+        torch.cat([pair.first.weight, pair.first.bias[:, None]], 1).float() for pair in (low, high)
+    )
+    sign_X = torch.ones_like(weight_high[0])
+    sign_X[:num_attention] = -1
+    weight_HX = torch.cat([weight_low, weight_high * sign_X])
+    last_low, last_high = (pair.last.weight[0].float() for pair in (low, high))
+    x_XP, output_2P = x_XNN.flatten(1), output_2NN.flatten(1)
+    size = _CHUNK_CPU if x_XNN.device.type == "cpu" else _CHUNK_ACCELERATOR
+    for x_part, output_part in zip(x_XP.split(size, 1), output_2P.split(size, 1), strict=True):
+        hidden_HP = (weight_HX @ x_part).relu_()
+        torch.mv(hidden_HP[: len(weight_low)].T, last_low, out=output_part[0])
+        torch.mv(hidden_HP[len(weight_low) :].T, last_high, out=output_part[1])
+    output_2NN[1].diagonal().copy_(last_high @ (weight_high @ diagonal_XN).relu_())
 
 
 class _PairwiseMlp(torch.autograd.Function):

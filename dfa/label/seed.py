@@ -1,5 +1,6 @@
 """CAM seeds: patch-text similarity and learned affinities -> class maps on the patch grid (METHOD 1.14-1.17 and 1b)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -7,8 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfa.core.cam import ScoringForm, class_scores, max_normalize, min_max, refine_elementwise, scoring_matrix
+from dfa.core.cam import (
+    ScoringForm,
+    class_scores,
+    max_normalize,
+    min_max,
+    propagate,
+    refine_elementwise,
+    scoring_matrix,
+)
 from dfa.core.transport import MarginalKind, class_marginal, sinkhorn_plan
+from dfa.label.pseudo import present_classes
 
 Generator = Literal["similarity", "affinity", "elementwise", "transport"]
 Columns = Literal["prompts", "constant"]
@@ -61,11 +71,11 @@ class Seeds:
 @dataclass(frozen=True)
 class Affinities:
     """low_BNN, high_BNN: A_la and A_ha, doubly stochastic, for propagation. reliability_BN: the row mean of the sigmoid
-    map P_inv, the paper's A_ha_bar."""
+    map P_inv, the paper's A_ha_bar; None where the form of the scoring matrix is `propagate`, which has no row term."""
 
     low_BNN: Tensor
     high_BNN: Tensor
-    reliability_BN: Tensor
+    reliability_BN: Tensor | None
 
 
 def column_mask(labels_BC: Tensor, num_columns: int) -> Tensor:
@@ -75,38 +85,76 @@ def column_mask(labels_BC: Tensor, num_columns: int) -> Tensor:
 
 @torch.no_grad()
 def make_seeds(
-    similarity_BNK: Tensor, labels_BC: Tensor, affinities: Affinities | None, settings: SeedSettings
+    similarity_BNK: Tensor,
+    labels_BC: Tensor,
+    affinities: Affinities | Iterable[Affinities] | None,
+    settings: SeedSettings,
 ) -> Seeds:
     """Seeds of a batch, without gradient, fp32.
 
     similarity_BNK: cosines of patches and texts, the C foreground classes first, at least one background prompt behind.
-    affinities: not needed for the generator `similarity`.
+    affinities: of the batch, or of one group of neighbours after the other, each made when its turn comes, so that the maps of
+        pairs need not all exist at once. Not needed for the generator `similarity`.
+
+    The columns of an image are its own classes and every background prompt (METHOD 1.17). Others are never computed with.
     """
-    num_foreground = labels_BC.shape[1]
-    if similarity_BNK.shape[-1] <= num_foreground:
+    num_columns, num_classes = similarity_BNK.shape[-1], labels_BC.shape[1]
+    if num_columns <= num_classes:
         raise ValueError(
-            f"{similarity_BNK.shape[-1]} text columns for {num_foreground} classes leave none for the background: "
+            f"{num_columns} text columns for {num_classes} classes leave none for the background: "
             "list background prompts in the class file"
         )
-    mask_BK = column_mask(labels_BC, similarity_BNK.shape[-1])
+    class_BM = present_classes(labels_BC)
+    column_BK, mask_BK = _columns(class_BM, num_classes, num_columns)
+    similarity_BNK = similarity_BNK.gather(2, column_BK[:, None, :].expand(-1, similarity_BNK.shape[1], -1))
     score_BNK = class_scores(similarity_BNK, mask_BK, scale=settings.scale)
     if settings.generator == "similarity":
-        return _seeds(score_BNK, num_foreground)
+        return _seeds(score_BNK, class_BM, num_classes)
     if affinities is None:
         raise ValueError(f"the generator {settings.generator!r} needs affinities")
-    for _ in range(settings.propagation - 1):
-        score_BNK = affinities.low_BNN @ score_BNK
-    if settings.generator == "affinity":
-        return _seeds(min_max(affinities.low_BNN @ score_BNK, mask_BK), num_foreground)
-    if settings.generator == "elementwise":
-        return _seeds(refine_elementwise(affinities.low_BNN, score_BNK, affinities.high_BNN), num_foreground)
-    return _transport(score_BNK, mask_BK, num_foreground, affinities, settings)
+    if settings.generator == "transport" and settings.columns == "constant":
+        num_slots = class_BM.shape[1]  # the prompts have had their part, in the softmax
+        score_BNK, mask_BK = score_BNK[:, :, :num_slots], mask_BK[:, :num_slots]
+    groups = [affinities] if isinstance(affinities, Affinities) else affinities
+    score_BNK, map_BNK = _refine_groups(score_BNK, mask_BK, class_BM.shape[1], groups, settings)
+    if settings.generator == "transport":
+        map_BNK = _transport(score_BNK, map_BNK, mask_BK, settings)
+    return _seeds(map_BNK, class_BM, num_classes)
 
 
-def _transport(
+def _columns(class_BM: Tensor, num_classes: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """The text columns of each image, its classes (padded with any column) before the background's, and which of them count."""
+    background = torch.arange(num_classes, num_columns, device=class_BM.device).expand(len(class_BM), -1)
+    mask_BK = functional.pad(class_BM > 0, (0, background.shape[1]), value=True)
+    return torch.cat([(class_BM - 1).clamp(min=0), background], dim=1), mask_BK
+
+
+def _refine_groups(
+    score_BNK: Tensor, mask_BK: Tensor, num_foreground: int, groups: Iterable[Affinities], settings: SeedSettings
+) -> tuple[Tensor, Tensor]:
+    """Scores after all but the last propagation, and the map that the generator makes of them, group after group."""
+    parts, done = list[tuple[Tensor, Tensor]](), 0
+    for group in groups:
+        rows = slice(done, done + len(group.low_BNN))
+        parts.append(_refine(score_BNK[rows], mask_BK[rows], num_foreground, group, settings))
+        done = rows.stop
+    if done != len(score_BNK):
+        raise ValueError(f"affinities of {done} images for the similarity of {len(score_BNK)}")
+    return torch.cat([score for score, _ in parts]), torch.cat([made for _, made in parts])
+
+
+def _refine(
     score_BNK: Tensor, mask_BK: Tensor, num_foreground: int, affinities: Affinities, settings: SeedSettings
-) -> Seeds:
-    scoring_BNK = scoring_matrix(
+) -> tuple[Tensor, Tensor]:
+    for _ in range(settings.propagation - 1):
+        score_BNK = propagate(affinities.low_BNN, score_BNK)
+    if settings.generator == "affinity":
+        return score_BNK, min_max(propagate(affinities.low_BNN, score_BNK), mask_BK)
+    if settings.generator == "elementwise":
+        return score_BNK, refine_elementwise(affinities.low_BNN, score_BNK, affinities.high_BNN)
+    if settings.form != "propagate" and affinities.reliability_BN is None:
+        raise ValueError(f"the form {settings.form!r} needs the affinities' reliability_BN, got None")
+    return score_BNK, scoring_matrix(
         affinities.low_BNN,
         score_BNK,
         affinities.high_BNN,
@@ -117,22 +165,29 @@ def _transport(
         form=settings.form,
         row_term_BN=affinities.reliability_BN,
     )
+
+
+def _transport(score_BNK: Tensor, scoring_BNK: Tensor, mask_BK: Tensor, settings: SeedSettings) -> Tensor:
     if settings.columns == "constant":
-        scoring_BNK = functional.pad(scoring_BNK[:, :, :num_foreground], (0, 1), value=settings.constant)
-        score_BNK = functional.pad(score_BNK[:, :, :num_foreground], (0, 1), value=settings.constant)
-        mask_BK = functional.pad(mask_BK[:, :num_foreground], (0, 1), value=True)
+        scoring_BNK, score_BNK = (
+            functional.pad(each, (0, 1), value=settings.constant) for each in (scoring_BNK, score_BNK)
+        )
+        mask_BK = functional.pad(mask_BK, (0, 1), value=True)
     marginal_BK = class_marginal(score_BNK, mask_BK, kind=settings.marginal, temperature=settings.marginal_temperature)
-    plan = sinkhorn_plan(
+    return sinkhorn_plan(
         scoring_BNK,
         marginal_BK,
         mask_BK,
         epsilon=settings.epsilon,
         max_iterations=settings.max_iterations,
         tolerance=settings.tolerance,
-    )
-    return _seeds(plan.plan_BNK, num_foreground)
+    ).plan_BNK
 
 
-def _seeds(map_BNK: Tensor, num_foreground: int) -> Seeds:
-    cam_BNK = max_normalize(map_BNK)
-    return Seeds(cam_BNK[:, :, :num_foreground], cam_BNK[:, :, num_foreground:].amax(-1))
+def _seeds(map_BNK: Tensor, class_BM: Tensor, num_classes: int) -> Seeds:
+    """The slots of class_BM back to their columns; the unused ones fall on a column that is cut off."""
+    cam_BNK, num_slots = max_normalize(map_BNK), class_BM.shape[1]
+    cam_BNC = cam_BNK.new_zeros(*cam_BNK.shape[:2], num_classes + 1)
+    index_BNM = class_BM[:, None, :].expand(-1, cam_BNK.shape[1], -1)
+    cam_BNC.scatter_(2, index_BNM, cam_BNK[:, :, :num_slots])
+    return Seeds(cam_BNC[:, :, 1:], cam_BNK[:, :, num_slots:].amax(-1))

@@ -1,6 +1,6 @@
 """Frozen CLIP and student as one system: what training, labelling, evaluation and prediction share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,10 @@ from dfa.label.pseudo import gather_present, present_classes, to_grid
 from dfa.label.seed import Affinities, Seeds, SeedSettings, make_seeds
 from dfa.model.inference import predict_together
 from dfa.model.student import Student
+
+# Patches that a processor encodes at once. More are no faster, and memory that the system has to hand out anew each time makes
+# them slower: at 32 images of 441 patches by a quarter.
+_PATCHES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Segmenter:
             return Affinities(
                 symmetric_affinity(self.student.low.positive(low_logit_BNN), rounds=self.sinkhorn_rounds),
                 symmetric_affinity(self.student.high.positive(high_logit_BNN), rounds=self.sinkhorn_rounds),
-                torch.sigmoid(high_logit_BNN).mean(-1),
+                None if self.seed.form == "propagate" else torch.sigmoid(high_logit_BNN).mean(-1),
             )
 
     @torch.no_grad()
@@ -86,8 +90,7 @@ class Segmenter:
         """Seeds on the patch grid from features and image-level labels."""
         if self.seed.generator == "similarity":
             return make_seeds(features.similarity_BNK, labels_BC, None, self.seed)
-        logits = self.student.pair_logits(features.tokens_BLND, features.attention_BLNN)
-        return make_seeds(features.similarity_BNK, labels_BC, self.affinities(*logits), self.seed)
+        return make_seeds(features.similarity_BNK, labels_BC, self._each_affinities(features), self.seed)
 
     @torch.no_grad()
     def pixel_seeds(self, image_B3HW: Tensor, labels_BC: Tensor, *, scales: Sequence[float], flip: bool) -> PixelSeeds:
@@ -112,18 +115,18 @@ class Segmenter:
         class_BM = present_classes(labels_BC)
         num_slots = class_BM.shape[1]
 
-        def maps(scaled_B3HW: Tensor) -> Tensor:
-            copies = len(scaled_B3HW) // len(labels_BC)
+        def maps(scaled_B3HW: Tensor, view: slice) -> Tensor:
+            image = torch.arange(view.start, view.stop, device=labels_BC.device) % len(labels_BC)
             features = self.encode(scaled_B3HW)
-            seeds = self.seeds(features, labels_BC.repeat(copies, 1))
-            present_BNM = gather_present(seeds.cam_BNC, class_BM.repeat(copies, 1))
+            seeds = self.seeds(features, labels_BC[image])
+            present_BNM = gather_present(seeds.cam_BNC, class_BM[image])
             maps_BMhw = to_grid(torch.cat([present_BNM, seeds.background_BN[:, :, None]], dim=2), features.grid)
             if not with_model:
                 return maps_BMhw
             return torch.cat([maps_BMhw, self.student.segment(features.tokens_BLND, features.grid).float()], dim=1)
 
         merged = predict_together(
-            groups, scales=scales, flip=flip, forward=maps, multiple_of=self.patch_size, merge="logits"
+            groups, scales=scales, flip=flip, forward=self._in_parts(maps), multiple_of=self.patch_size, merge="logits"
         )
         parts = class_BM.split([len(group) for group in groups])
         return [
@@ -145,13 +148,38 @@ class Segmenter:
     def logits_together(self, groups: Sequence[Tensor], *, scales: Sequence[float], flip: bool) -> list[Tensor]:
         """`logits` of images of several sizes in the same forward passes: B_g x 3 x H_g x W_g each."""
 
-        def forward(scaled_B3HW: Tensor) -> Tensor:
+        def forward(scaled_B3HW: Tensor, view: slice) -> Tensor:
             features = self._encode(scaled_B3HW, with_similarity=False, with_attention=False)
             return self.student.segment(features.tokens_BLND, features.grid)
 
         return predict_together(
-            groups, scales=scales, flip=flip, forward=forward, multiple_of=self.patch_size, merge="logits"
+            groups,
+            scales=scales,
+            flip=flip,
+            forward=self._in_parts(forward),
+            multiple_of=self.patch_size,
+            merge="logits",
         )
+
+    def _each_affinities(self, features: Features) -> Iterator[Affinities]:
+        """On a processor image by image: the maps of pairs of one image stay in its cache."""
+        size = 1 if features.attention_BLNN.device.type == "cpu" else len(features.attention_BLNN)
+        parts = zip(features.tokens_BLND.split(size), features.attention_BLNN.split(size), strict=True)
+        for tokens_BLND, attention_BLNN in parts:
+            yield self.affinities(*self.student.pair_logits(tokens_BLND, attention_BLNN))
+
+    def _in_parts(self, forward: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`forward(views, their place)` of all views, on a processor in parts of _PATCHES_AT_ONCE."""
+
+        def whole(view_B3HW: Tensor) -> Tensor:
+            count, size = len(view_B3HW), len(view_B3HW)
+            if self.bank_KE.device.type == "cpu":
+                num_patches = view_B3HW.shape[-2] * view_B3HW.shape[-1] // self.patch_size**2
+                size = max(1, _PATCHES_AT_ONCE // num_patches)
+            parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+            return torch.cat([forward(view_B3HW[part], part) for part in parts])
+
+        return whole
 
     def _encode(self, image_B3HW: Tensor, *, with_similarity: bool, with_attention: bool) -> Features:
         return self.clip.encode(

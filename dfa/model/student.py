@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfa.core.affinity import PairLogit, PairSource, inverse_attention, pair_channels
+from dfa.core.affinity import PairLogit, PairSource, both_logits, inverse_attention, pair_channels
 from dfa.model.decoder import Decoder
 
 
@@ -43,7 +43,10 @@ class Student(nn.Module):
         return self.decoder(tokens_BLND, grid)[1]
 
     def pair_logits(self, tokens_BLND: Tensor, attention_BLNN: Tensor) -> tuple[Tensor, Tensor]:
-        """(low, high) logits B x N x N without the decoder, for the CAM."""
+        """(low, high) logits B x N x N without the decoder, for the CAM. Without gradient a faster way to the same."""
+        if not torch.is_grad_enabled():
+            with_features = self.source == "attention+features"
+            return both_logits(self.low, self.high, attention_BLNN, tokens_BLND if with_features else None)
         channels_BXNN = pair_channels(attention_BLNN, tokens_BLND, source=self.source)
         inverse_BLNN = inverse_attention(attention_BLNN)
         features_BXNN = channels_BXNN[:, attention_BLNN.shape[1] :]  # the cosines serve both bands

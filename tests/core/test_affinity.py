@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from dfa.core.affinity import PairLogit, inverse_attention, pair_channels, sinkhorn_normalize, symmetric_affinity
+from dfa.core.affinity import (
+    PairLogit,
+    both_logits,
+    inverse_attention,
+    pair_channels,
+    sinkhorn_normalize,
+    symmetric_affinity,
+)
 
 
 def attention(images=2, blocks=3, patches=12, seed=0):
@@ -144,6 +151,36 @@ def test_logit_and_gradients_equal_plain_convolutions(features, chunk, monkeypat
     for name, parameter in module.named_parameters():
         # Sums over 288 pairs in another order.
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-3, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("clip", [0.4, 3.0])
+@pytest.mark.parametrize("features", [0, 2])
+@pytest.mark.parametrize("chunk", [7, 16_384])
+def test_both_logits_at_once_equal_each_module_on_its_own_channels(features, chunk, clip, monkeypatch):
+    monkeypatch.setattr("dfa.core.affinity._CHUNK_CPU", chunk)
+    torch.manual_seed(0)
+    weight, tokens = attention(), torch.randn(2, 2, 12, 5)
+    low, high = (
+        PairLogit(3 + features, hidden=5, clip=clip, prior=prior, num_feature_channels=features)
+        for prior in ("low", "high")
+    )
+    for parameter in (*low.parameters(), *high.parameters()):
+        nn.init.normal_(parameter)
+    source = "attention+features" if features else "attention"
+    actual = both_logits(low, high, weight, tokens if features else None)
+    for pair, logit, read in zip((low, high), actual, (weight, inverse_attention(weight)), strict=True):
+        torch.testing.assert_close(logit, pair(pair_channels(read, tokens, source=source)).detach(), atol=1e-5, rtol=0)
+        assert torch.equal(logit, logit.mT)
+
+
+def test_both_logits_refuse_modules_and_channels_that_do_not_fit():
+    low, high = (PairLogit(3, hidden=4, clip=5.0, prior=prior) for prior in ("low", "high"))
+    with pytest.raises(ValueError, match="2 pair channels given, 3 and 3 expected"):
+        both_logits(low, high, attention(blocks=2), None)
+    with pytest.raises(ValueError, match="0 feature channels expected"):
+        both_logits(low, high, attention(), torch.randn(2, 1, 12, 5))
+    with pytest.raises(ValueError, match="one clip"):
+        both_logits(low, PairLogit(3, hidden=4, clip=4.0, prior="high"), attention(), None)
 
 
 def test_the_zero_initialised_layer_learns_from_step_zero():

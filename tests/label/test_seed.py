@@ -79,6 +79,51 @@ def test_absent_classes_are_zero_and_present_ones_reach_one(problem):
         assert (cam.amax(1)[~labels] == 0).all(), generator
 
 
+@pytest.mark.parametrize("columns", ["prompts", "constant"])
+@pytest.mark.parametrize("generator", ["similarity", "affinity", "elementwise", "transport"])
+def test_columns_of_absent_classes_are_not_computed_with(problem, generator, columns):
+    similarity, labels, affinities = problem
+    chosen = settings(generator=generator, columns=columns, propagation=2)
+    expected = make_seeds(similarity, labels, affinities, chosen)
+    absent = torch.nn.functional.pad(~labels, (0, 3), value=False)[:, None, :]
+    seeds = make_seeds(similarity.masked_fill(absent, torch.nan), labels, affinities, chosen)
+    assert torch.equal(seeds.cam_BNC, expected.cam_BNC)
+    assert torch.equal(seeds.background_BN, expected.background_BN)
+
+
+@pytest.mark.parametrize("second", [(), (0,)])
+def test_an_image_s_seeds_do_not_depend_on_its_neighbours_nor_on_how_affinities_come(problem, second):
+    similarity, labels, affinities = problem
+    labels = labels.clone()
+    labels[1] = False
+    labels[1, list(second)] = True  # fewer classes than its neighbour
+    each = [
+        Affinities(*(part[b : b + 1] for part in (affinities.low_BNN, affinities.high_BNN, affinities.reliability_BN)))
+        for b in range(2)
+    ]
+    for generator in ("affinity", "elementwise", "transport"):
+        chosen = settings(generator=generator, propagation=3)
+        whole, grouped = (make_seeds(similarity, labels, given, chosen) for given in (affinities, iter(each)))
+        for b in range(2):
+            alone = make_seeds(similarity[b : b + 1], labels[b : b + 1], each[b], chosen)
+            for seeds in (whole, grouped):
+                # fp32; the min-max of columns propagated three times stretches their rounding
+                torch.testing.assert_close(seeds.cam_BNC[b], alone.cam_BNC[0], atol=1e-4, rtol=0)
+                torch.testing.assert_close(seeds.background_BN[b], alone.background_BN[0], atol=1e-4, rtol=0)
+        assert whole.cam_BNC[1].amax(0).tolist() == labels[1].float().tolist()
+        assert whole.background_BN[1].max() == 1
+    with pytest.raises(ValueError, match="affinities of 1 images for the similarity of 2"):
+        make_seeds(similarity, labels, each[:1], settings())
+
+
+def test_a_row_term_without_reliability_is_refused(problem):
+    similarity, labels, affinities = problem
+    bare = Affinities(affinities.low_BNN, affinities.high_BNN, None)
+    make_seeds(similarity, labels, bare, settings())
+    with pytest.raises(ValueError, match="needs the affinities' reliability_BN"):
+        make_seeds(similarity, labels, bare, settings(form="row_term"))
+
+
 def test_an_image_of_one_class_does_not_get_a_cam_of_one_everywhere(problem):
     similarity, labels, affinities = problem
     cam = make_seeds(similarity, labels, affinities, settings()).cam_BNC[1, :, 1]

@@ -309,7 +309,7 @@ def test_the_input_is_a_folder_of_images_or_of_shards_of_the_same_classes(config
 
 def test_the_output_is_named_for_the_input_and_lies_outside_of_it(tmp_path):
     job = load("demo", ["run=runs/mine", f"predict.input={tmp_path}/photos/"])
-    assert build.prediction_output(job) == "runs/mine/predictions/photos"
+    assert build.prediction_output(job) == "runs/mine/predict/photos"
     job.predict.output = str(tmp_path / "masks")
     assert build.prediction_output(job) == str(tmp_path / "masks")
     job.predict.output = os.path.join(tmp_path, "photos", "masks")

@@ -48,6 +48,9 @@ def test_each_band_reads_its_own_channels(source):
     assert torch.equal(made.segment(tokens, GRID), logits)
     low, high = made.pair_logits(tokens, attention)
     assert torch.equal(low, outputs.low_logit_BNN) and torch.equal(high, outputs.high_logit_BNN)
+    with torch.no_grad():  # another way to the same
+        for logit, expected in zip(made.pair_logits(tokens, attention), (low, high), strict=True):
+            torch.testing.assert_close(logit, expected.detach(), atol=1e-5, rtol=0)
 
 
 def test_every_parameter_is_in_one_group_and_gets_a_gradient():

@@ -1,0 +1,33 @@
+"""A batch of views may be cut anywhere: every image gets its own maps."""
+
+import pytest
+import torch
+
+from dfa import build
+from dfa.config import load
+
+
+@pytest.mark.parametrize("patches_at_once", [1, 30, 10_000])
+def test_an_image_s_maps_do_not_depend_on_its_batch_nor_on_the_parts_it_is_cut_into(patches_at_once, monkeypatch):
+    monkeypatch.setattr("dfa.model.segmenter._PATCHES_AT_ONCE", patches_at_once)
+    segmenter = build.segmenter(load("demo"), torch.device("cpu"))
+    segmenter.student.eval()
+    torch.manual_seed(0)
+    for pair in (segmenter.student.low, segmenter.student.high):
+        torch.nn.init.normal_(pair.last.weight, std=0.1)
+    image = torch.rand(3, 3, 24, 32)
+    labels = torch.zeros(3, 10, dtype=torch.bool)
+    labels[0, 4] = labels[1, 2] = labels[1, 7] = True  # the last one has none
+    options = {"scales": [1.0, 1.5], "flip": True}
+    (seeds,) = segmenter.pixel_seeds_together([image], labels, **options, with_model=True)
+    logits = segmenter.logits(image, **options)
+    torch.testing.assert_close(seeds.logits_BCHW, logits, atol=1e-5, rtol=0)
+    assert seeds.class_BM.tolist() == [[5, 0], [3, 8], [0, 0]]
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = segmenter.pixel_seeds(image[one], labels[one], **options)
+        slots = alone.class_BM.shape[1]
+        # fp32; the min-max of columns propagated three times stretches their rounding
+        torch.testing.assert_close(seeds.score_BMHW[one, :slots], alone.score_BMHW, atol=1e-4, rtol=0)
+        torch.testing.assert_close(seeds.background_BHW[one], alone.background_BHW, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[one], segmenter.logits(image[one], **options), atol=1e-5, rtol=0)
