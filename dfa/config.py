@@ -311,6 +311,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
+        # "key=" is the empty text, not nothing.
+        override += "" if override.partition("=")[2] else "''"
         layers.append((f"override {key}", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     return _resolve(layers)
 

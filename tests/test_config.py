@@ -69,3 +69,7 @@ def test_broken_yaml_and_broken_class_lists_name_their_file(tmp_path):
 def test_the_digest_depends_on_every_field():
     first, second = config.load("demo"), config.load("demo", ["cam.threshold=0.41"])
     assert config.digest(first) == config.digest(config.load("demo")) != config.digest(second)
+
+
+def test_an_override_without_a_value_is_the_empty_text():
+    assert config.load("voc_dfa", ["shards.val="]).shards.val == ""

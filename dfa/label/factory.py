@@ -22,9 +22,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dfa.data.shards import BrokenShardError
 from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, has_changed
-from dfa.label.output import LabelItem, LabelReport, claim, commit, committed, finish, total_tally
+from dfa.label.output import LabelItem, LabelReport, claim, commit, committed, finish, reopen, total_tally
 from dfa.label.scoring import LabelSettings
-from dfa.label.slots import Share, derive_slots, read_capacity
+from dfa.label.slots import Share, check_nodes, derive_slots, read_capacity, scorer_place
 from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, score_batch
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
         todo[each.name] = {
             item.shard: item for item in items[each.name] if committed(each.output, item, each.settings) is None
         }
+        if todo[each.name]:
+            reopen(each.output)
     line = _Line(plan, todo)
     if any(todo.values()):
         line.run()
@@ -177,6 +179,7 @@ class _Line:
         """Label all, commit what can be, then raise for what could not."""
         self.start = read_capacity(self.plan.share, settle=True)
         self.slots = derive_slots(self.start.free, self.plan.share)
+        check_nodes(self.slots, self.plan.share)
         num_shards = sum(map(len, self.todo.values()))
         logger.info("%d images in %d shards to label, %s", self.num_images, num_shards, self.slots)
         try:
@@ -199,8 +202,9 @@ class _Line:
     def _hire(self) -> None:
         """As many scorers as the slots hold and the images want."""
         slots, wanted = self.slots, max(1, -(-self.num_images // self.plan.batch_images))
-        options = {"num_cpus": slots.scorer_cpus, "num_gpus": slots.scorer_gpus, "scheduling_strategy": "SPREAD"}
+        options: dict[str, Any] = {"num_cpus": slots.scorer_cpus, "num_gpus": slots.scorer_gpus}
         while len(self.actors) < min(slots.num_scorers, wanted):
+            options["scheduling_strategy"] = scorer_place(self.plan.share, self.num_hired)
             threads = max(1, int(slots.scorer_cpus))
             actor = _ScorerActor.options(**options).remote(self.plan.make_scorers, threads, slots.scorer_gpus > 0)
             self.actors[self.num_hired], self.load[self.num_hired] = actor, 0

@@ -164,6 +164,14 @@ def _claim(root: str, wanted: dict[str, Any]) -> None:
     write_json(address, wanted)
 
 
+def reopen(root: str) -> None:
+    """Take back that the folder is finished, before shards are added or done again."""
+    try:
+        storage.remove(storage.join(root, INDEX_NAME))
+    except OSError as error:
+        raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
+
+
 def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardReport | None:
     """The report of a label shard that is whole on disk, was made for this very item and has the maps that the settings ask
     for, else None."""

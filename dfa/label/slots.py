@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _SCORER_CPUS = 0.25  # of a CPU slot; the CRF's tasks reserve the rest, so that one CPU is enough for both
 _SETTLE_S = 5.0  # what a finished training held comes free within this time
@@ -82,6 +84,35 @@ def read_capacity(share: Share, *, settle: bool = False) -> Capacity:
             replace(each, cpus=max(0.0, each.cpus - crf_cpus), crf_cpus=crf_cpus) for each in (everything, unused)
         )
     return Capacity(everything, unused)
+
+
+def _nodes(share: Share) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The nodes that are there for scorers and those for the CRF, which are the same without `share.crf_resource`."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if not share.crf_resource:
+        return alive, alive
+    marked = [node for node in alive if share.crf_resource in node["Resources"]]
+    return [node for node in alive if share.crf_resource not in node["Resources"]], marked
+
+
+def scorer_place(share: Share, number: int) -> Any:
+    """Ray's scheduling strategy of the `number`-th scorer: spread, but never on a node that is for the CRF alone."""
+    if not share.crf_resource:
+        return "SPREAD"
+    name = "GPU" if share.use_gpu else "CPU"
+    nodes = sorted(node["NodeID"] for node in _nodes(share)[0] if node["Resources"].get(name, 0.0) > 0)
+    if not nodes:
+        raise ValueError(f"label.crf_resource={share.crf_resource!r}: every node with a {name} is for the CRF alone")
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
+
+
+def check_nodes(slots: Slots, share: Share) -> None:
+    """Raise a ValueError where a scorer or a CRF task asks for more CPUs than any one node has: Ray would wait for ever."""
+    wanted = ("label.scorer_cpus", slots.scorer_cpus), ("label.crf_cpus", slots.crf_cpus)
+    for (field, cpus), nodes in zip(wanted, _nodes(share), strict=True):
+        largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
+        if cpus > largest:
+            raise ValueError(f"{field} is {cpus:g}, the largest node for it has {largest:g} CPUs")
 
 
 def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slots:

@@ -162,6 +162,8 @@ def _decode(sample: SampleRow, raw: RawSample, batch: Batch) -> Decoded:
     """Image and ground truth of a sample; a ValueError says why it cannot be labelled."""
     if batch.settings.skip_unlabelled and not raw.labels:
         raise ValueError(f"{NO_LABEL} (label.unlabelled=background labels such images as all background)")
+    if raw.labels != sample.labels:
+        raise ValueError(f"labels {raw.labels} in the shard, {sample.labels} in the index's table")
     if raw.labels and raw.labels[-1] > len(batch.class_names):
         raise ValueError(f"label {raw.labels[-1]} of a data set with {len(batch.class_names)} classes")
     image_HW3 = decode_rgb(raw.image, max_pixels=batch.max_pixels)

@@ -53,8 +53,11 @@ def start_ray(num_cpus: int | None = None) -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
+    handler = signal.getsignal(signal.SIGTERM)
     # with the dashboard: without it Ray Train warns every second, and its process runs all the same
     ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place, which aborts
 
 
 def run(plan: LoopPlan) -> dict[str, Any]:

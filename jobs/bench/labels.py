@@ -1,4 +1,4 @@
-"""The label factory on real-size pictures: what it costs beyond CAM and CRF, how idle it leaves the CPUs, its memory."""
+"""The label factory on real-size pictures: what it costs beyond CAM and CRF, and how idle it leaves the CPUs."""
 
 import logging
 import os
@@ -14,14 +14,16 @@ from jobs.bench.measure import Result, versions
 from jobs.bench.pictures import kind, write_shards
 
 DEFAULT_REPEATS = 1
-_IMAGES, _MEMORY_IMAGES = 500, (100, 1000)
+_IMAGES = 500
 
 
 @dataclass(frozen=True)
-class _Run:
-    """wall_s: of the call. cam_s, crf_s, rest_s: processor seconds over all workers (rest: reading and encoding)."""
+class FactoryRun:
+    """wall_s: of the call. own_s: processor seconds of this process and all below it, Ray's included. cam_s, crf_s, rest_s:
+    processor seconds of the workers by kind (rest: reading and encoding). idle: share of the CPUs' time that nobody used."""
 
     wall_s: float
+    own_s: float
     cam_s: float
     crf_s: float
     rest_s: float
@@ -32,26 +34,28 @@ class _Run:
     def compute_s(self) -> float:
         return self.cam_s + self.crf_s
 
+    def cpu_s(self, num_cpus: int) -> float:
+        """What the call took of the CPUs, or left unused; the work of others on this machine is not counted."""
+        return self.own_s + self.idle * num_cpus * self.wall_s
+
     def overhead(self, num_cpus: int) -> float:
-        """What the CPUs were there for beyond CAM and CRF, as a share of these."""
-        return num_cpus * self.wall_s / self.compute_s - 1
+        """That beyond CAM and CRF, as a share of these."""
+        return self.cpu_s(num_cpus) / self.compute_s - 1
 
 
 def labels(repeats: int) -> Result:
-    """500 pictures through CAM (tiny CLIP) and CRF, then 100 and 1000 for the memory."""
+    """500 pictures through CAM (tiny CLIP) and CRF."""
     from dfa.train.loop import start_ray
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     num_cpus = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         start_ray()
-        _run(Path(folder) / "warm", 8)
-        runs = [_run(Path(folder) / f"run{number}", _IMAGES) for number in range(repeats)]
-        memory = {count: _run(Path(folder) / f"memory{count}", count).peak_bytes for count in _MEMORY_IMAGES}
+        run_factory(Path(folder) / "warm", 8)
+        runs = [run_factory(Path(folder) / f"run{number}", _IMAGES) for number in range(repeats)]
     overheads = [run.overhead(num_cpus) for run in runs]
-    per_image_ms = [1000 * num_cpus * run.wall_s / _IMAGES for run in runs]
+    per_image_ms = [1000 * run.cpu_s(num_cpus) / _IMAGES for run in runs]
     compute_ms = [1000 * run.compute_s / _IMAGES for run in runs]
-    few, many = (memory[count] / 1e6 for count in _MEMORY_IMAGES)
     one = runs[overheads.index(statistics.median_low(overheads))]
     parts = {"CAM": one.cam_s, "CRF": one.crf_s, "reading and encoding": one.rest_s}
     shown = ", ".join(f"{name} {1000 * seconds / _IMAGES:.0f}" for name, seconds in parts.items())
@@ -68,22 +72,18 @@ def labels(repeats: int) -> Result:
             f"{_IMAGES} pictures of about 500 x 375 ({kind()}) in shards of 50, two classes each; CAM of the tiny CLIP at half size,"
             f" mirrored; CRF preset deeplab; {num_cpus} CPUs; {repeats} run(s), start of the actors included.",
             "",
-            f"Overhead (CPU time that was there, beyond CAM and CRF): **{100 * statistics.median(overheads):.1f} %**. CPU ms an"
+            f"Overhead (CPU time of all processes, and idle, beyond CAM and CRF): **{100 * statistics.median(overheads):.1f} %**. CPU ms an"
             f" image: {shown}; {_IMAGES / one.wall_s:.2f} images/s. CPUs idle: **{100 * one.idle:.1f} %** of the time.",
-            "",
-            f"Peak memory of all processes (proportional shares): {few:.0f} MB with {_MEMORY_IMAGES[0]} pictures, {many:.0f} MB with"
-            f" {_MEMORY_IMAGES[1]}.",
         ),
         extra={
             "overhead": statistics.median(overheads),
             "idle": one.idle,
-            "peak_mb": {str(count): value / 1e6 for count, value in memory.items()},
             "repeats": repeats,
         },
     )
 
 
-def _run(folder: Path, count: int) -> _Run:
+def run_factory(folder: Path, count: int) -> FactoryRun:
     """One call of the factory with an untrained student."""
     import psutil
 
@@ -102,15 +102,16 @@ def _run(folder: Path, count: int) -> _Run:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    before, start_s = psutil.cpu_times(), time.perf_counter()
+    before, own_s, start_s = psutil.cpu_times(), _processor_s(psutil.Process()), time.perf_counter()
     done = factory.run(plan)[label_pass.name]
     wall_s, after = time.perf_counter() - start_s, psutil.cpu_times()
+    own_s = _processor_s(psutil.Process()) - own_s
     stop.set()
     watcher.join()
     idle = (after.idle - before.idle) / (wall_s * (os.cpu_count() or 1))
     work_s = dict(done.work_s)
     cam_s, crf_s = work_s.pop("cam"), work_s.pop("crf")
-    return _Run(wall_s, cam_s, crf_s, sum(work_s.values()), idle, max(peaks))
+    return FactoryRun(wall_s, own_s, cam_s, crf_s, sum(work_s.values()), idle, max(peaks))
 
 
 def _configuration(folder: Path, count: int) -> Any:
@@ -131,6 +132,20 @@ def _configuration(folder: Path, count: int) -> Any:
     info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
     save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
     return config
+
+
+def _processor_s(root: Any) -> float:
+    """Processor seconds so far of a process and all below it."""
+    import psutil
+
+    total = 0.0
+    for process in (root, *root.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:  # gone meanwhile
+            continue
+        total += times.user + times.system
+    return total
 
 
 def _memory_bytes(root: Any) -> int:

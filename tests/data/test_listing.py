@@ -66,7 +66,8 @@ def test_rows_have_keys_sizes_and_places(folder):
             assert (row.width, row.height) == image.size
         assert row.labels == ()
         assert not row.has_mask
-    assert [row.key for row in rows] == ["a", "a_b_c", "a_z", "b", "d_e", "x_1_2", "_"]
+    # A name in another script keeps little of itself, and gets a hash.
+    assert [row.key.split("-")[0] for row in rows] == ["a", "a_b_c", "a_z", "b", "d_e", "x_1_2", "_"]
     assert [(row.shard[6:12], row.row) for row in rows] == [(f"00000{n // 3}", n % 3) for n in range(7)]
 
 

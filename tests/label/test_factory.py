@@ -16,7 +16,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
-import ray
 import torch
 import webdataset
 from PIL import Image
@@ -282,10 +281,10 @@ def _slow_scorers():
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_several_scorers_share_one_gpu_and_crf_tasks_wait_for_their_own_nodes(shards, tmp_path):
-    """No node here has the resources: what is asked for is checked before anything waits for ever."""
+def test_what_no_node_has_is_refused_before_anything_waits_for_ever(shards, tmp_path):
     with pytest.raises(ValueError, match=r"0\.25 of a GPU.*0 GPUs free"):
         factory.run(colour_plan(colour_pass(shards, tmp_path / "a"), share=Share(use_gpu=True, scorer_gpus=0.25)))
     with pytest.raises(ValueError, match="resource 'crf'"):
         factory.run(colour_plan(colour_pass(shards, tmp_path / "b"), share=Share(crf_resource="crf")))
-    assert ray.is_initialized()
+    with pytest.raises(ValueError, match=r"label\.scorer_cpus.*do not fit|label\.scorer_cpus is 3, the largest node"):
+        factory.run(colour_plan(colour_pass(shards, tmp_path / "c"), share=Share(num_scorers=1, scorer_cpus=3.0)))
