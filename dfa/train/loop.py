@@ -56,7 +56,7 @@ def start_ray(num_cpus: int | None = None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     # with the dashboard: without it Ray Train warns every second, and its process runs all the same
     ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
-    if threading.current_thread() is threading.main_thread():
+    if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place, which aborts
 
 
