@@ -2,7 +2,7 @@
 
 CAM (or with label.unary=model the model's logits), then dense CRF on the classes of each image, as label shards in
 RUN/labels/SPLIT (SPLIT_model), or label.output. Killed and started again it labels what is missing, to the same bytes. Beside them:
-SPLIT_quality/quality.html and .json always; SPLIT_png with label.png=true (VOC's form); SPLIT_coco.json with
+SPLIT_quality/quality.html and .json unless label.worst=0; SPLIT_png with label.png=true (VOC's form); SPLIT_coco.json with
 label.coco=true (instances with run-length masks).
 
 With label.follow=true it runs beside a training job: whenever label.checkpoint names a newer checkpoint it labels anew,

@@ -22,7 +22,7 @@ from dfa.data.samples import check_mask_values
 from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, BrokenShardError, RawSample, read_shard
 from dfa.data.sources import coco_key, read_coco
 from dfa.data.transforms import UInt8Array, decode_mask
-from dfa.label.output import MASK_EXTENSION, UnwritableError
+from dfa.label.output import MASK_EXTENSION, Quality, UnwritableError
 
 _ROWS_AT_ONCE = 4096
 _OPTIONAL_SHARES = ("agreement_model", "agreement_seed_model")
@@ -33,34 +33,10 @@ _MAX_MAP_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
-class LabelRow:
-    """One row of a label folder's samples.parquet.
+class LabelRow(Quality):
+    """One row of a label folder's samples.parquet: a sample's quality, and the shard (of images and of labels) it is in."""
 
-    Attributes:
-        key: unique name. shard: file name of the image shard and of the label shard.
-        row: position in the image shard, from 0.
-        labels: ascending class indices 1..C.
-        width, height: pixels.
-        confidence: mean over the pixels of the winning class's probability, 0..1.
-        void_share: share of pixels that are 255, 0..1.
-        empty: the labels without a pixel in the mask.
-        agreement_seed: share of pixels where the unary's argmax is what the CRF decided, 0..1.
-        agreement_model: share where the trained model alone is what the CRF decided, or None where it was not asked.
-        agreement_seed_model: share where the unary's argmax is what the model says, or None.
-    """
-
-    key: str
     shard: str
-    row: int
-    labels: tuple[int, ...]
-    width: int
-    height: int
-    confidence: float
-    void_share: float
-    empty: tuple[int, ...]
-    agreement_seed: float
-    agreement_model: float | None
-    agreement_seed_model: float | None
 
 
 @dataclass(frozen=True)
