@@ -20,7 +20,8 @@ _IMAGES = 500
 @dataclass(frozen=True)
 class FactoryRun:
     """wall_s: of the call. own_s: processor seconds of this process and all below it, Ray's included. cam_s, crf_s, rest_s:
-    processor seconds of the workers by kind (rest: reading and encoding). idle: share of the CPUs' time that nobody used."""
+    processor seconds of the workers by kind (rest: reading and encoding). idle: share of the CPUs' time that nobody used.
+    peak_bytes: 0 where memory was not watched."""
 
     wall_s: float
     own_s: float
@@ -83,8 +84,8 @@ def labels(repeats: int) -> Result:
     )
 
 
-def run_factory(folder: Path, count: int) -> FactoryRun:
-    """One call of the factory with an untrained student."""
+def run_factory(folder: Path, count: int, *, watch_memory: bool = False) -> FactoryRun:
+    """One call of the factory with an untrained student. Watching the memory of its processes takes a tenth of a core."""
     import psutil
 
     from dfa import build
@@ -101,13 +102,15 @@ def run_factory(folder: Path, count: int) -> FactoryRun:
             peaks.append(_memory_bytes(psutil.Process()))
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
+    if watch_memory:
+        watcher.start()
     before, own_s, start_s = psutil.cpu_times(), _processor_s(psutil.Process()), time.perf_counter()
     done = factory.run(plan)[label_pass.name]
     wall_s, after = time.perf_counter() - start_s, psutil.cpu_times()
     own_s = _processor_s(psutil.Process()) - own_s
     stop.set()
-    watcher.join()
+    if watch_memory:
+        watcher.join()
     idle = (after.idle - before.idle) / (wall_s * (os.cpu_count() or 1))
     work_s = dict(done.work_s)
     cam_s, crf_s = work_s.pop("cam"), work_s.pop("crf")

@@ -19,7 +19,10 @@ def labels_memory(repeats: int) -> Result:
         start_ray()
         run_factory(Path(folder) / "warm", 8)
         peaks = {
-            count: [run_factory(Path(folder) / f"{count}-{each}", count).peak_bytes / 1e6 for each in range(repeats)]
+            count: [
+                run_factory(Path(folder) / f"{count}-{each}", count, watch_memory=True).peak_bytes / 1e6
+                for each in range(repeats)
+            ]
             for count in (_FEW, _MANY)
         }
     return memory_result(peaks[_FEW], peaks[_MANY], repeats)
