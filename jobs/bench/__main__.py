@@ -16,7 +16,7 @@ from pathlib import Path
 from jobs.bench.measure import hardware, section_text, write_section
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
-MODES = ("cam", "crf", "labels", "labels_memory", "step", "transport")
+MODES = ("cam", "crf", "ingest", "labels", "labels_memory", "step", "transport")
 _ONE_THREAD = {"cam", "crf", "labels", "labels_memory", "transport"}
 
 
