@@ -15,7 +15,7 @@ DOORS = {
     "ray": {"dfa/data/stream", "dfa/label/factory", "dfa/label/slots", "dfa/train/loop", "jobs/"},
     "deepspeed": {"dfa/train/engine"},
     "open_clip": {"dfa/clip", "dfa/world/pretrain"},
-    "webdataset": {"dfa/data/shards"},
+    "webdataset": {"dfa/data/shards", "jobs/bench/contenders"},
     "pydensecrf": {"dfa/label/crf"},
     "matplotlib": {"dfa/report/figures"},
     "omegaconf": {"dfa/config"},

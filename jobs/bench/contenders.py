@@ -60,11 +60,11 @@ def ours(folder: Path) -> Iterator[int]:
 
 def webdataset(folder: Path) -> Iterator[int]:
     """webdataset.WebLoader over the same shards."""
-    import webdataset
+    from webdataset.compat import WebDataset, WebLoader
 
     shards = sorted(str(path) for path in (folder / FOLDER_SHARDS).glob("*.tar"))
-    rows = webdataset.WebDataset(shards, shardshuffle=False).map(_from_tar).batched(BATCH, collation_fn=_stack)
-    return _count(webdataset.WebLoader(rows, batch_size=None, num_workers=PROCESSES))
+    rows = WebDataset(shards, shardshuffle=False).map(_from_tar).batched(BATCH, collation_fn=_stack)
+    return _count(WebLoader(rows, batch_size=None, num_workers=PROCESSES))
 
 
 def torch_files(folder: Path) -> Iterator[int]:
