@@ -212,6 +212,7 @@ class LabelConfig:
     worst: int = _number(24, 0, 1_000)  # samples on the page of the least confident; 0: no page
     follow: bool = False  # label again whenever label.checkpoint names a newer checkpoint, until training has ended
     follow_interval_s: float = _number(5.0, 0.1, 86_400.0)  # how often to look
+    follow_patience_s: float = _number(600.0, 0.0, 1e7)  # how long the training may take to start
     batch_size: int = _number(16, 1, 100_000)  # images of one size class at a time
     batch_pixels: int = _number(400_000, 1, 1_000_000_000)  # and at most so many pixels
     crf_images: int = _number(4, 1, 100_000)  # images that one CRF task takes
