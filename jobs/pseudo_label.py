@@ -115,8 +115,16 @@ def _exports(config: Config, root: str, original: OriginalIds | None) -> Result:
     if label.worst:
         title = f"{config.name}: labels of {label.split}"
         index = build.index(config, label.split)
-        made["quality"] = write_quality(root, index, storage.beside(root, _QUALITY), count=label.worst, title=title)
-        log.info("quality without ground truth, and the least confident samples: %s", made["quality"])
+        made["quality"] = write_quality(
+            root,
+            index,
+            storage.beside(root, _QUALITY),
+            count=label.worst,
+            title=title,
+            unary={"cam": "CAM"}.get(label.unary, label.unary),
+            facts=build.label_facts(config),
+        )
+        log.info("quality without ground truth, and doubtful samples: %s", made["quality"])
     return made
 
 

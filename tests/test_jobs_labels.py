@@ -159,6 +159,26 @@ def test_following_labels_with_each_better_checkpoint_until_training_ends(config
     assert pseudo_label.work(config)["generations"] == []
 
 
+def test_what_an_export_needs_is_asked_for_before_anything_is_labelled(config, tmp_path):
+    config = copy.deepcopy(config)
+    config.label.output, config.label.coco, config.label.png = str(tmp_path / "labels"), True, True
+    config.data.source = "coco"
+    with pytest.raises(ValueError, match=r"label.coco=true with data.source=coco needs data.annotations"):
+        pseudo_label.work(config)
+    names = build.class_set(config).names
+    categories = [{"id": 2 * number, "name": name} for number, name in enumerate(names, start=1)]
+    document = {"images": [{"id": 5, "file_name": "other.jpg"}], "annotations": [], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    config.data.annotations = str(tmp_path / "val.json")
+    with pytest.raises(ValueError, match=r"data.annotations .*val.json does not list 6 of the 6 images"):
+        pseudo_label.work(config)
+    config.data.source, config.data.annotations = "voc", ""
+    (tmp_path / "labels_png").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot be exported to .*labels_png"):
+        pseudo_label.work(config)
+    assert not list((tmp_path / "labels").glob("*"))
+
+
 def _wait_for(condition):
     deadline = time.monotonic() + 120
     while not condition():

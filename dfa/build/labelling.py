@@ -91,6 +91,24 @@ def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
     return _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output="")
 
 
+def label_facts(config: Config) -> dict[str, str]:
+    """What made the labels of `label_pass`, in words for a page; the same wherever the files lie."""
+    label, folder, classes = config.label, _checkpoint(config), class_set(config)
+    info, from_cam = read_info(folder), label.unary == "cam"
+    score = "not validated" if info.val_miou is None else f"validation mIoU {100 * info.val_miou:.1f} %"
+    unary = (
+        f"CAM ({config.cam.generator})" if from_cam else "model, " + ("restricted" if label.restrict else "all classes")
+    )
+    scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
+    return {
+        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(str(folder / STATE_NAME))[:12]}",
+        "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
+        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if config.evaluate.flip else ''}",
+        "CRF": f"preset {config.crf.preset}",
+        "class list": f"{Path(config.data.classes).name}, {len(classes.names)} classes",
+    }
+
+
 def follow_plan(config: Config) -> FollowPlan:
     """Label beside the training of config.run, into label.output or RUN/labels/SPLIT_follow.
 

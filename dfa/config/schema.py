@@ -209,7 +209,7 @@ class LabelConfig:
     confidence: bool = False  # KEY.confidence.png: probability of the winner, 0..255
     png: bool = False  # a folder of palette PNGs beside the label shards (VOC's form)
     coco: bool = False  # a COCO instances JSON with run-length masks beside the label shards
-    worst: int = _number(24, 0, 1_000)  # samples on the page of the least confident; 0: no page
+    worst: int = _number(24, 0, 1_000)  # doubtful samples on the page of the quality; 0: no page
     follow: bool = False  # label again whenever label.checkpoint names a newer checkpoint, until training has ended
     follow_interval_s: float = _number(5.0, 0.1, 86_400.0)  # how often to look
     follow_patience_s: float = _number(600.0, 0.0, 1e7)  # how long the training may take to start
