@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from dfa import build
@@ -25,27 +25,42 @@ NUM_IMAGES = 8
 THRESHOLDS = (0.1, 0.2, 0.4)
 
 
-def _data(kind, sample_data):
-    if kind == "voc":
-        voc = sample_data / "voc_mini"
-        return [
-            "data.source=voc",
-            f"data.root={voc}/VOCdevkit",
-            "data.split=val",
-            "data.labels=file",
-            f"data.label_file={voc}/image_labels.txt",
-            "data.masks=SegmentationClassAug",
-            "data.classes=classes_voc",
-        ]
-    coco = sample_data / "coco_mini"
-    return [
-        "data.source=coco",
-        f"data.root={coco}/val2014",
-        "data.labels=annotations",
-        f"data.annotations={coco}/annotations/instances_val2014.json",
-        "data.masks=annotations",
-        "data.classes=classes_coco",
-    ]
+def _small(image: Image.Image, method=Image.Resampling.NEAREST) -> Image.Image:
+    """A sixth of the size: affinities grow with the fourth power of it."""
+    return image.resize((image.width // 6, image.height // 6), method)
+
+
+def _voc(sample_data, root):
+    voc, small = sample_data / "voc_mini", root / "VOC2012"
+    keys = (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").read_text().split()[:NUM_IMAGES]
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+        (small / folder).mkdir(parents=True)
+        for key in keys:
+            image = Image.open(voc / "VOCdevkit/VOC2012" / folder / f"{key}.{suffix}")
+            _small(image).save(small / folder / f"{key}.{suffix}")
+    (small / "ImageSets/Segmentation").mkdir(parents=True)
+    (small / "ImageSets/Segmentation/val.txt").write_text("\n".join(keys))
+    found = ["data.source=voc", f"data.root={small}", "data.split=val", "data.labels=file", "data.classes=classes_voc"]
+    return [*found, f"data.label_file={voc}/image_labels.txt", "data.masks=SegmentationClassAug"]
+
+
+def _coco(sample_data, root):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(sample_data / "coco_mini/annotations/instances_val2014.json"))
+    images, annotations = [], []
+    (root / "photos").mkdir()
+    for image in coco.dataset["images"][:NUM_IMAGES]:
+        small = _small(Image.open(sample_data / "coco_mini/val2014" / image["file_name"]).convert("RGB"))
+        small.save(root / "photos" / image["file_name"])
+        images.append(image | {"width": small.width, "height": small.height})
+        for one in coco.imgToAnns[image["id"]]:
+            mask = np.asarray(_small(Image.fromarray(coco.annToMask(one))))
+            code = coco_mask.encode(np.asfortranarray(mask))
+            annotations.append(one | {"segmentation": code | {"counts": code["counts"].decode()}})
+    document = {"images": images, "annotations": annotations, "categories": coco.dataset["categories"]}
+    (root / "instances.json").write_text(json.dumps(document))
+    found = ["data.source=coco", f"data.root={root}/photos", "data.labels=annotations", "data.classes=classes_coco"]
+    return [*found, f"data.annotations={root}/instances.json", "data.masks=annotations"]
 
 
 @pytest.fixture(scope="module", params=["voc", "coco"])
@@ -53,16 +68,16 @@ def labelled(request, sample_data, tmp_path_factory):
     """A configuration and the result of its labelling, by the tiny CLIP and an untrained student."""
     request.getfixturevalue("ray_session")
     root = tmp_path_factory.mktemp(request.param)
-    overrides = [*_data(request.param, sample_data), f"run={root}/run", f"shards.train={root}/train"]
+    made = {"voc": _voc, "coco": _coco}[request.param](sample_data, root)
+    overrides = [*made, f"run={root}/run", f"shards.train={root}/train"]
     overrides += ["label.png=true", "label.coco=true", "label.soft=true", "label.confidence=true", "label.worst=6"]
     overrides += ["label.compare_model=true", "decoder.width=32", "decoder.depth=1"]
     overrides += [f"evaluate.thresholds={list(THRESHOLDS)}"]
     overrides += ["label.min_confidence=0.7"] if request.param == "coco" else []
     config = load("demo", overrides)
     names = build.class_set(config).names
-    samples = itertools.islice(build.source(config), NUM_IMAGES)
     settings = {"seed": 0, "shuffle": False, "samples_per_shard": 5, "max_pixels": 10**6}
-    plan = writer.plan_shards(samples, class_names=names, **settings)
+    plan = writer.plan_shards(build.source(config), class_names=names, **settings)
     writer.write_plan(config.shards.train, plan)
     for item in plan.items:
         writer.write_shard(config.shards.train, item)
