@@ -6,52 +6,61 @@ SPLIT_quality/quality.html and .json unless label.worst=0; SPLIT_png with label.
 label.coco=true (instances with run-length masks).
 
 With label.follow=true it runs beside a training job: whenever label.checkpoint names a newer checkpoint it labels anew,
-into RUN/labels/SPLIT_follow/step-N, and then points RUN/labels/SPLIT_follow/current.json there. A training with
-shards.labels=RUN/labels/SPLIT_follow reads what is current. It ends with the last step of the training, or when stopped.
+into RUN/labels/SPLIT_follow/step-N-HASH, and then points RUN/labels/SPLIT_follow/current.json there. A training with
+shards.labels=RUN/labels/SPLIT_follow, started after it, reads what is current. It ends with the last step of the training
+that RUN/run.json describes, or when stopped.
 """
 
 import logging
-import shutil
-import time
 from dataclasses import replace
-from pathlib import Path
 
 from dfa import build
 from dfa.config import Config
 from dfa.core.metrics import best_threshold, mean_iou
 from dfa.data import storage
-from dfa.data.offline import CURRENT_NAME, GENERATIONS_KIND
+from dfa.data.offline import resolve
 from dfa.label import factory
-from dfa.label.export import OriginalIds, export_coco, export_pngs, read_original_ids
+from dfa.label.export import (
+    OriginalIds,
+    check_file,
+    check_folder,
+    check_listed,
+    export_coco,
+    export_pngs,
+    read_original_ids,
+)
 from dfa.label.factory import PassResult
 from dfa.label.scoring import Tally
 from dfa.label.work import NO_LABEL
 from dfa.report.quality import write_quality
-from dfa.train.checkpoint import FOLDER, find_checkpoint, list_checkpoints, read_info
+from dfa.train.checkpoint import read_info
+from dfa.train.follow import follow
 from dfa.train.loop import start_ray
 from jobs import Result, main, percent
 
 log = logging.getLogger("jobs.pseudo_label")
-_KEPT_GENERATIONS = 2  # one may still be read while the next becomes current
+_PNG, _COCO, _QUALITY = "_png", "_coco.json", "_quality"  # beside the folder of labels
 
 
 def work(config: Config) -> Result:
     """Label the shards of label.split, once or again and again."""
     if config.label.follow:
-        return follow(config)
+        return _follow(config)
     return _label(config)
 
 
 def _label(config: Config) -> Result:
     label_pass = build.label_pass(config, config.label.split, output=config.label.output)
-    original = _original_ids(config, label_pass.images.class_names) if config.label.coco else None
-    plan = build.factory_plan(config, [label_pass])
+    original = _original_ids(config)
+    _check_exports(config, label_pass.output)
+    plan, folder = build.factory_plan(config, [label_pass]), build.checkpoint(config)
     start_ray()
     done = factory.run(plan)[label_pass.name]
     result: Result = {
         "job": "pseudo_label",
         "labels": label_pass.output,
-        "checkpoint": str(build.checkpoint(config)),
+        "checkpoint": str(folder),
+        "step": read_info(folder).step,
         **_counts(done),
         **_shares(done.report.tally, label_pass.images.class_names),
         **_quality(done.report.tally, label_pass.settings.thresholds),
@@ -97,25 +106,58 @@ def _exports(config: Config, root: str, original: OriginalIds | None) -> Result:
     """What other tools and people read, beside the label shards."""
     label, made = config.label, Result()
     if label.png:
-        made["png_folder"] = storage.beside(root, "_png")
+        made["png_folder"] = storage.beside(root, _PNG)
         log.info("%d palette PNGs in %s", export_pngs(root, made["png_folder"]), made["png_folder"])
     if label.coco:
-        made["coco"] = storage.beside(root, "_coco.json")
+        made["coco"] = storage.beside(root, _COCO)
         ids = {"categories": original.categories, "images": original.images} if original else {}
         log.info("%d annotations in %s", export_coco(root, made["coco"], **ids), made["coco"])
     if label.worst:
         title = f"{config.name}: labels of {label.split}"
         index = build.index(config, label.split)
-        made["quality"] = write_quality(root, index, storage.beside(root, "_quality"), count=label.worst, title=title)
-        log.info("quality without ground truth, and the least confident samples: %s", made["quality"])
+        made["quality"] = write_quality(
+            root,
+            index,
+            storage.beside(root, _QUALITY),
+            count=label.worst,
+            title=title,
+            unary={"cam": "CAM"}.get(label.unary, label.unary),
+            facts=build.label_facts(config),
+        )
+        log.info("quality without ground truth, and doubtful samples: %s", made["quality"])
     return made
 
 
-def _original_ids(config: Config, class_names: tuple[str, ...]) -> OriginalIds | None:
-    """COCO's own numbers, where the images come from COCO."""
-    if config.data.source != "coco" or not config.data.annotations:
+def _check_exports(config: Config, root: str) -> None:
+    """What cannot be written after the labelling is found before it."""
+    label = config.label
+    if label.png:
+        check_folder(storage.beside(root, _PNG))
+    if label.coco:
+        check_file(storage.beside(root, _COCO))
+    if label.worst:
+        check_folder(storage.beside(root, _QUALITY))
+
+
+def _original_ids(config: Config) -> OriginalIds | None:
+    """COCO's own numbers of what is labelled; None where the images have none, or no COCO JSON is asked for.
+
+    Raises:
+        ValueError: COCO's images without their annotation file, or with one that does not list them.
+    """
+    data, label = config.data, config.label
+    if not label.coco or not (data.annotations or data.source == "coco"):
         return None
-    return read_original_ids(config.data.annotations, class_names)
+    if not data.annotations:
+        raise ValueError(
+            "label.coco=true with data.source=coco needs data.annotations: give the instances JSON that the shards were"
+            " made from, so that the exported labels have COCO's own category and image ids (or data.source=folder, to"
+            " number categories 1..C and images 1..n)"
+        )
+    index = build.index(config, label.split)
+    original = read_original_ids(data.annotations, index.class_names)
+    check_listed(original, index, where=f"data.annotations {data.annotations}")
+    return original
 
 
 def _check_rejects(config: Config, done: PassResult) -> None:
@@ -130,74 +172,21 @@ def _check_rejects(config: Config, done: PassResult) -> None:
         )
 
 
-def follow(config: Config) -> Result:
-    """Label with one checkpoint after the other until the training of the configuration has ended."""
-    root = config.label.output or f"{config.run}/labels/{config.label.split}_follow"
-    snapshots, done = Path(config.run) / "follow", _current(root)
-    results: list[Result] = []
-    log.info("following the checkpoints of %s into %s", config.run, root)
-    while True:
-        ended = _training_has_ended(config)
-        folder = _wanted_checkpoint(config)
-        if folder is not None and folder.name != done:
-            snapshot = _keep(folder, snapshots / FOLDER)
-            results.append(_generation(config, root, snapshots, snapshot.name))
-            _point(root, snapshot.name)
-            _forget(root, snapshots / FOLDER)
-            done = snapshot.name
-            log.info("labels of %s are current: %s", done, results[-1])
-        elif ended:
-            break
-        time.sleep(config.label.follow_interval_s)
-    return {"job": "pseudo_label", "labels": root, "current": done, "generations": results}
+def _follow(config: Config) -> Result:
+    """Label with one checkpoint after the other until the training has ended."""
+    # What is wrong with these shows now, and not when the first checkpoint is there.
+    build.index(config, config.label.split)
+    _original_ids(config)
+    plan = build.follow_plan(config)
 
+    def label(checkpoint: str, folder: str) -> Result:
+        generation = replace(config.label, checkpoint=checkpoint, output=folder, follow=False)
+        result = _label(replace(config, run=plan.snapshots, label=generation))
+        log.info("labelled with %s: %s", checkpoint, result)
+        return {key: result.get(key) for key in ("step", "labels", "labelled_now", "seconds", "mask_miou", "quality")}
 
-def _wanted_checkpoint(config: Config) -> Path | None:
-    return find_checkpoint(Path(config.run), config.label.checkpoint) if list_checkpoints(Path(config.run)) else None
-
-
-def _training_has_ended(config: Config) -> bool:
-    run = Path(config.run)
-    return bool(list_checkpoints(run)) and read_info(find_checkpoint(run, "latest")).step >= config.train.steps
-
-
-def _keep(folder: Path, snapshots: Path) -> Path:
-    """A copy of a checkpoint: the training may delete its own while it is labelled with."""
-    target = snapshots / folder.name
-    if not target.exists():
-        partial = snapshots / f".{folder.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        partial.rename(target)
-    return target
-
-
-def _generation(config: Config, root: str, snapshots: Path, name: str) -> Result:
-    """Label with one checkpoint; continued where a killed job left it."""
-    label = replace(config.label, checkpoint=name, output=storage.join(root, name), follow=False)
-    result = _label(replace(config, run=str(snapshots), label=label))
-    return {"step": read_info(snapshots / FOLDER / name).step} | {
-        key: result.get(key) for key in ("labels", "labelled_now", "seconds", "mask_miou", "quality")
-    }
-
-
-def _point(root: str, name: str) -> None:
-    storage.write_json(storage.join(root, CURRENT_NAME), {"kind": GENERATIONS_KIND, "folder": name})
-
-
-def _current(root: str) -> str | None:
-    address = storage.join(root, CURRENT_NAME)
-    return storage.read_json(address).get("folder") if storage.exists(address) else None
-
-
-def _forget(root: str, snapshots: Path) -> None:
-    """Older generations, with what was exported beside them, and the checkpoints that they were made with."""
-    names = sorted(path.name for path in snapshots.iterdir() if not path.name.startswith("."))
-    for name in names[:-_KEPT_GENERATIONS]:
-        for entry in storage.list_names(root):
-            if entry == name or entry.startswith(f"{name}_"):
-                storage.remove_tree(storage.join(root, entry))
-        shutil.rmtree(snapshots / name)
+    generations = follow(plan, label)
+    return {"job": "pseudo_label", "labels": plan.root, "current": resolve(plan.root), "generations": generations}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dfa.data.shards import read_shard
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 from dfa.world.folder import write_voc
-from jobs import evaluate, pseudo_label
+from jobs import evaluate, pseudo_label, train
 
 NUM_CLASSES = 11
 
@@ -113,50 +113,91 @@ def test_the_seed_of_the_factory_is_the_segmenters_own(config):
 
 
 def _checkpoint(config, step, val_miou):
-    """A checkpoint whose student depends on its number."""
-    config = copy.deepcopy(config)
+    """A checkpoint of `step` batches whose student depends on its number."""
+    config, seen = copy.deepcopy(config), step * config.train.batch_size
     config.train.seed = step
     student = build.segmenter(config, torch.device("cpu")).student
     weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
-    info = CheckpointInfo(step, 0, 0, val_miou, 0, 1.0, build.class_set(config).names, build.model_description(config))
+    names = build.class_set(config).names
+    info = CheckpointInfo(step, seen, 0, val_miou, 0, 1.0, names, build.model_description(config))
     save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_following_labels_with_each_better_checkpoint_until_training_ends(config, tmp_path):
     config = copy.deepcopy(config)
-    config.run, config.train.steps = str(tmp_path / "run"), 4
+    config.run = str(tmp_path / "run")
+    training = copy.deepcopy(config)
+    training.train.steps = 4  # the follower's own configuration says 240
     config.label.follow, config.label.follow_interval_s, config.label.worst = True, 0.1, 0
     config.label.unary, config.label.checkpoint = "model", "best"  # an untrained affinity does not depend on its seed
     root = tmp_path / "run/labels/train_follow"
-    assert resolve(str(root)) is None  # a training that starts now has no offline labels yet
     results = []
     follower = threading.Thread(target=lambda: results.append(pseudo_label.work(config)))
     follower.start()
+    _wait_for(lambda: (root / "current.json").exists())
+    assert resolve(str(root)) is None  # a training that starts now has no offline labels yet
+    train._describe(training)
     seen = []
     for step, val_miou in ((1, 0.3), (2, 0.5), (3, 0.4), (4, 0.6)):
-        _checkpoint(config, step, val_miou)
+        _checkpoint(training, step, val_miou)
         if step == 3:
             time.sleep(1.0)  # worse than the best: nothing to do
             continue
-        wanted = f"step-{step:08d}"
-        deadline = time.monotonic() + 120
-        while (resolve(str(root)) or "").rsplit("/", 1)[-1] != wanted and time.monotonic() < deadline:
-            time.sleep(0.05)
-        seen.append(resolve(str(root)))
+        _wait_for(lambda wanted=f"step-{step:08d}-": Path(resolve(str(root)) or "").name.startswith(wanted))
+        seen.append(Path(resolve(str(root))))
     follower.join(timeout=120)
     assert [each["step"] for each in results[0]["generations"]] == [1, 2, 4]
-    assert [Path(each).name for each in seen] == ["step-00000001", "step-00000002", "step-00000004"]
-    kept = sorted(path.name for path in root.iterdir() if path.name.startswith("step-"))
-    assert kept == ["step-00000002", "step-00000004"]
+    assert sorted(path for path in root.iterdir() if path.name.startswith("step-")) == seen[1:]
     config.label.follow, config.label.checkpoint = False, "4"
     direct = Path(pseudo_label.work(config)["labels"])
     for tar in direct.glob("*.tar"):
-        assert tar.read_bytes() == (root / "step-00000004" / tar.name).read_bytes()
-        assert tar.read_bytes() != (root / "step-00000002" / tar.name).read_bytes()
+        assert tar.read_bytes() == (seen[2] / tar.name).read_bytes()
+        assert tar.read_bytes() != (seen[1] / tar.name).read_bytes()
     # Started again, it finds all done.
     config.label.follow, config.label.checkpoint = True, "best"
     assert pseudo_label.work(config)["generations"] == []
+
+
+def test_what_an_export_needs_is_asked_for_before_anything_is_labelled(config, tmp_path):
+    config = copy.deepcopy(config)
+    config.label.output, config.label.coco, config.label.png = str(tmp_path / "labels"), True, True
+    config.data.source = "coco"
+    with pytest.raises(ValueError, match=r"label.coco=true with data.source=coco needs data.annotations"):
+        pseudo_label.work(config)
+    names = build.class_set(config).names
+    categories = [{"id": 2 * number, "name": name} for number, name in enumerate(names, start=1)]
+    document = {"images": [{"id": 5, "file_name": "other.jpg"}], "annotations": [], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    config.data.annotations = str(tmp_path / "val.json")
+    with pytest.raises(ValueError, match=r"data.annotations .*val.json does not list 6 of the 6 images"):
+        pseudo_label.work(config)
+    config.data.source, config.data.annotations = "voc", ""
+    (tmp_path / "labels_png").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot be exported to .*labels_png"):
+        pseudo_label.work(config)
+    assert not list((tmp_path / "labels").glob("*"))
+
+
+def _wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_followers_of_one_training_keep_their_models_apart(config):
+    places = []
+    for split, output in (("train", ""), ("val", ""), ("train", "elsewhere"), ("train", "s3://bucket/labels")):
+        config = copy.deepcopy(config)
+        config.label.split, config.label.output = split, output
+        plan = build.follow_plan(config)
+        places.append((plan.root, plan.snapshots))
+    roots, snapshots = zip(*places, strict=True)
+    assert len(set(roots)) == len(set(snapshots)) == 4
+    config.label.checkpoint = "40"
+    with pytest.raises(ValueError, match=r"follows label.checkpoint=best or latest, not '40'"):
+        build.follow_plan(config)
 
 
 def test_shards_without_masks_and_unknown_parts_are_refused(config):

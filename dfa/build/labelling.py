@@ -14,6 +14,7 @@ from dfa.build.model import beside_conf, device, model_description, patch_size, 
 from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, prediction_input, prediction_output
 from dfa.build.training import pseudo_settings
 from dfa.config import ClipConfig, Config
+from dfa.data import storage
 from dfa.data.shards import ShardIndex, sha256_of
 from dfa.label.crf import PRESETS, CrfSettings
 from dfa.label.factory import FactoryPlan, LabelPass
@@ -25,6 +26,9 @@ from dfa.label.work import Scorer
 from dfa.model.inference import size_class
 from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
+from dfa.train.follow import FollowPlan
+
+_RUN_NAME = "run.json"  # written by jobs/train
 
 Labels = Sequence[tuple[int, ...]]
 
@@ -85,6 +89,61 @@ def seed_pass(config: Config, split: str, *, with_crf: bool, limit: int, output:
 def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
     """The trained model's masks of `train` or `val` shards, with dense CRF, into RUN/predictions."""
     return _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output="")
+
+
+def label_facts(config: Config) -> dict[str, str]:
+    """What made the labels of `label_pass`, in words for a page; the same wherever the files lie."""
+    label, folder, classes = config.label, _checkpoint(config), class_set(config)
+    info, from_cam = read_info(folder), label.unary == "cam"
+    score = "not validated" if info.val_miou is None else f"validation mIoU {100 * info.val_miou:.1f} %"
+    unary = (
+        f"CAM ({config.cam.generator})" if from_cam else "model, " + ("restricted" if label.restrict else "all classes")
+    )
+    scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
+    return {
+        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(str(folder / STATE_NAME))[:12]}",
+        "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
+        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if config.evaluate.flip else ''}",
+        "CRF": f"preset {config.crf.preset}",
+        "class list": f"{Path(config.data.classes).name}, {len(classes.names)} classes",
+    }
+
+
+def follow_plan(config: Config) -> FollowPlan:
+    """Label beside the training of config.run, into label.output or RUN/labels/SPLIT_follow.
+
+    Raises:
+        ValueError: label.checkpoint is a step: that one never changes.
+    """
+    label = config.label
+    if label.checkpoint not in ("best", "latest"):
+        raise ValueError(f"label.follow=true follows label.checkpoint=best or latest, not {label.checkpoint!r}")
+    own = storage.join(config.run, f"labels/{label.split}_follow")
+    root = label.output or own
+    # Followers of one training keep their models apart.
+    name = label.split if root == own else f"{label.split}-{configuration.digest(root)}"
+    return FollowPlan(
+        run=config.run,
+        root=root,
+        snapshots=storage.join(config.run, f"follow/{name}"),
+        which=label.checkpoint,  # type: ignore[arg-type]
+        planned_samples=partial(_planned_samples, config.run),
+        interval_s=label.follow_interval_s,
+        patience_s=label.follow_patience_s,
+    )
+
+
+def _planned_samples(run: str) -> int | None:
+    """How many samples the training in a folder consumes in all, by the configuration that jobs/train keeps there."""
+    address = storage.join(run, _RUN_NAME)
+    if not storage.exists(address):
+        return None
+    document = storage.read_json(address)
+    try:
+        train = document["config"]["train"]
+        return int(train["steps"]) * int(train["batch_size"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{address} is no description of a training: it has no config.train.{error}") from error
 
 
 def predict_pass(config: Config) -> LabelPass:

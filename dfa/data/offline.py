@@ -3,9 +3,9 @@
 `shards.labels` names one of two things:
 
     a folder of labels       index.json of kind "dfa-labels" beside label shards with the names of the image shards
-    a folder of generations  current.json {"kind": "dfa-label-generations", "folder": "step-00000080"}: the folder of
-                             labels to read now; labelling replaces it whenever a generation is finished, and deletes
-                             old ones
+    a folder of generations  current.json {"kind": "dfa-label-generations", "folder": "step-00000080-1f3a90c2"}: the
+                             folder of labels to read now, null before the first is finished; labelling replaces the
+                             file whenever a generation is finished, and deletes old ones
 
 Neither torch nor Ray is imported here: read tasks load this module.
 """
@@ -28,21 +28,64 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def resolve(root: str) -> str | None:
-    """The folder of labels to read now; None where no generation is finished yet (`root` may not even exist).
+    """The folder of labels to read now; None where a follower has begun and no generation is finished yet.
 
     Raises:
-        ValueError: labels whose job was not finished, or a broken current.json.
+        ValueError: nothing that labels are or will be in, labels whose job was not finished, or a broken current.json.
     """
     if storage.exists(storage.join(root, INDEX_NAME)):
         return root
-    current = storage.join(root, CURRENT_NAME)
-    if storage.exists(current):
-        return storage.join(root, _folder_name(current))
+    if storage.exists(storage.join(root, CURRENT_NAME)):
+        name = current_generation(root)
+        return None if name is None else storage.join(root, name)
     if storage.exists(storage.join(root, _PLAN_NAME)):
         raise ValueError(
             f"{root} has a {_PLAN_NAME} and no {INDEX_NAME}: it is no finished folder of labels; run jobs/pseudo_label again"
         )
+    raise ValueError(
+        f"{root} {'holds' if storage.exists(root) else 'is not there: it has'} neither finished labels ({INDEX_NAME}) nor"
+        f" the {CURRENT_NAME} of a follower; give the folder that jobs/pseudo_label wrote, or start jobs/pseudo_label"
+        " label.follow=true before the training that reads its labels"
+    )
+
+
+def begin_generations(root: str) -> str | None:
+    """Declare `root` a folder of generations, so that training may wait for the first; return the current one's name.
+
+    Raises:
+        ValueError: the folder holds labels itself, or cannot be written.
+    """
+    if storage.exists(storage.join(root, INDEX_NAME)) or storage.exists(storage.join(root, _PLAN_NAME)):
+        raise ValueError(f"{root} is a folder of labels; those of a follower need a folder of their own: label.output")
+    if storage.exists(storage.join(root, CURRENT_NAME)):
+        return current_generation(root)
+    try:
+        storage.make_folder(root)
+        set_current(root, None)
+    except OSError as error:
+        raise ValueError(f"labels cannot be written to {root}: {error}") from error
     return None
+
+
+def set_current(root: str, name: str | None) -> None:
+    """Let training read the generation ROOT/NAME from now on."""
+    storage.write_json(storage.join(root, CURRENT_NAME), {"kind": GENERATIONS_KIND, "folder": name})
+
+
+def current_generation(root: str) -> str | None:
+    """The name of the generation that is current, None before the first: a folder inside `root`, whatever the file says.
+
+    Raises:
+        ValueError: no current.json of a follower.
+    """
+    current = storage.join(root, CURRENT_NAME)
+    document = storage.read_json(current)
+    if not isinstance(document, dict) or document.get("kind") != GENERATIONS_KIND:
+        raise ValueError(f"{current} is not of kind {GENERATIONS_KIND!r}")
+    name = document.get("folder", "")
+    if name is not None and (not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name)):
+        raise ValueError(f"{current} names the folder {name!r}; allowed are letters, digits, _ and -")
+    return name
 
 
 def read_masks(folder: str, shard: str, keys: Collection[str]) -> dict[str, bytes]:
@@ -126,17 +169,6 @@ def _index(folder: str) -> dict[str, Any]:
     if document.get("format") != FORMAT_VERSION:
         raise ValueError(f"{address} has format {document.get('format')}; this version reads format {FORMAT_VERSION}")
     return document
-
-
-def _folder_name(current: str) -> str:
-    """The folder that current.json names: one inside its own folder, whatever the file says."""
-    document = storage.read_json(current)
-    if not isinstance(document, dict) or document.get("kind") != GENERATIONS_KIND:
-        raise ValueError(f"{current} is not of kind {GENERATIONS_KIND!r}")
-    name = document.get("folder")
-    if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
-        raise ValueError(f"{current} names the folder {name!r}; allowed are letters, digits, _ and -")
-    return name
 
 
 def _check_origin(document: dict[str, Any], folder: str, *, class_names: tuple[str, ...], plan_hash: str) -> None:

@@ -4,11 +4,14 @@ Reads the folder alone (its layout is in `dfa.label.output`), shard by shard, so
 set. Exports are pure functions of the folder: the same bytes at every run, each file whole or not there.
 """
 
+import errno
 import json
+import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,7 +22,16 @@ from dfa.data import storage
 from dfa.data.classes import nearest
 from dfa.data.offline import LABELS_KIND
 from dfa.data.samples import check_mask_values
-from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, BrokenShardError, RawSample, read_shard
+from dfa.data.shards import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    SAMPLES_NAME,
+    BrokenShardError,
+    RawSample,
+    ShardIndex,
+    read_shard,
+    samples_by_shard,
+)
 from dfa.data.sources import coco_key, read_coco
 from dfa.data.transforms import UInt8Array, decode_mask
 from dfa.label.output import MASK_EXTENSION, Quality, UnwritableError
@@ -30,6 +42,7 @@ _SHARES = ("confidence", "void_share", "agreement_seed", *_OPTIONAL_SHARES)
 #: A member larger than this is no mask of a photograph: a hostile header must not make us allocate it.
 _MAX_MEMBER_BYTES = 512 * 2**20
 _MAX_MAP_PIXELS = 100_000_000
+_PROBE_NAME = ".probe"
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,41 @@ def read_original_ids(annotations: str, class_names: Sequence[str]) -> OriginalI
             raise ValueError(f"{annotations}: images {images[key][1]!r} and {name!r} have the same key {key!r}")
         images[key] = (int(entry["id"]), name)
     return OriginalIds(categories, images)
+
+
+def check_listed(original: OriginalIds, index: ShardIndex, *, where: str) -> None:
+    """Raise a ValueError where an annotation file does not list the images of some shards; `where` names the file."""
+    missing = [
+        row.key for _, rows in samples_by_shard(index, limit=None) for row in rows if row.key not in original.images
+    ]
+    if missing:
+        raise ValueError(
+            f"{where} does not list {len(missing)} of the {index.num_samples} images of {index.root}: {missing[:3]}; it"
+            f" lists {len(original.images)}, such as {next(iter(original.images), '')!r}. Give the file of this split"
+        )
+
+
+def check_folder(folder: str) -> None:
+    """Raise an UnwritableError where files cannot be written into a folder; it is made if it is not there."""
+    with _writing(folder):
+        storage.make_folder(folder)
+        _try_to_write(storage.join(folder, _PROBE_NAME))
+
+
+def check_file(address: str) -> None:
+    """Raise an UnwritableError where a file of this address cannot be written."""
+    with _writing(address):
+        if storage.is_local(address):
+            path = Path(storage.local_path(address))
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), address)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(storage.beside(address, _PROBE_NAME))
+
+
+def _try_to_write(address: str) -> None:
+    storage.write_atomic(address, lambda file: file.write(b"can be written"))
+    storage.remove(address)
 
 
 @contextmanager

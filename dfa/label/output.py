@@ -3,7 +3,8 @@
     plan.json                  which labels these are; a folder without it is never written into
     shard-000000.tar           KEY.png (palette PNG, 0..C and 255) and KEY.json (labels, size, pixels by class, confidence);
                                where asked for KEY.soft.png (8-bit maps below each other, in the order of the JSON's
-                               "classes") and KEY.confidence.png (8-bit)
+                               "classes") and KEY.confidence.png (8-bit); KEY.model.png, the model's own mask, where it
+                               was compared with
     timings/shard-000000.json  processor and wall seconds
     shard-000000.json          commit marker: counts, rejects, quality of each sample, hash of what decides the content,
                                sha256 of both shards

@@ -15,6 +15,8 @@ from dfa.label.pseudo import VOID, PseudoSettings, background_score
 FloatArray = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
+MODEL_EXTENSION = "model.png"  # of the member that keeps `ImageScores.model_HW`
+
 
 @dataclass(frozen=True)
 class ImageScores:

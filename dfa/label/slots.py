@@ -11,6 +11,10 @@ _SCORER_CPUS = 0.25  # of a CPU slot; the CRF's tasks reserve the rest, so that 
 _SETTLE_S = 5.0  # what a finished training held comes free within this time
 
 
+class NothingFreeError(ValueError):
+    """What labelling asks for is not free on the cluster now."""
+
+
 @dataclass(frozen=True)
 class Share:
     """What the user wants of the cluster; 0 and "" leave it to the factory.
@@ -125,13 +129,13 @@ def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slo
     at_least_one: never fail; what is there may come back.
 
     Raises:
-        ValueError: nothing is free, or what is asked for does not fit.
+        NothingFreeError: nothing is free, or what is asked for does not fit.
     """
     nothing = free.cpus < 0.1 or (share.use_gpu and free.gpus < share.scorer_gpus)
     if share.crf_resource and free.crf_cpus < max(0.1, share.crf_cpus):
         nothing = True
     if nothing and not at_least_one:
-        raise ValueError(
+        raise NothingFreeError(
             f"labelling needs a free CPU{f' and {share.scorer_gpus:g} of a GPU' if share.use_gpu else ''}"
             f"{f' and a node with the resource {share.crf_resource!r}' if share.crf_resource else ''};"
             f" Ray has {free.cpus:g} CPUs and {free.gpus:g} GPUs free"
@@ -149,7 +153,7 @@ def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slo
         left = free.cpus - num_scorers * scorer_cpus
         crf_cpus = share.crf_cpus or _floor(min(left / slots, (1 - _SCORER_CPUS) * cpus))
         if not at_least_one and (crf_cpus <= 0 or left + 1e-9 < crf_cpus):
-            raise ValueError(
+            raise NothingFreeError(
                 f"label.scorers={num_scorers} x label.scorer_cpus={scorer_cpus:g} and a CRF task of"
                 f" label.crf_cpus={max(0.0, crf_cpus):g} do not fit on the {free.cpus:g} CPUs that are free"
             )

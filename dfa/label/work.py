@@ -29,7 +29,7 @@ from dfa.label.output import (
     judge,
     total_tally,
 )
-from dfa.label.scoring import ImageScores, LabelSettings, Tally, UInt8Array, label_image
+from dfa.label.scoring import MODEL_EXTENSION, ImageScores, LabelSettings, Tally, UInt8Array, label_image
 
 NO_LABEL = "no image-level label"
 """How the reason starts for which `LabelSettings.skip_unlabelled` leaves an image out."""
@@ -202,6 +202,8 @@ def finish_piece(piece: Piece) -> PieceLabels:
                 members[SOFT_EXTENSION] = encode_grey(np.concatenate(labelled.soft_KHW))
             if labelled.confidence_HW is not None:
                 members[CONFIDENCE_EXTENSION] = encode_grey(labelled.confidence_HW)
+            if scores.model_HW is not None:
+                members[MODEL_EXTENSION] = encode_mask(scores.model_HW, palette)
             quality = judge(one.sample, labelled.mask_HW, labelled.confidence, labelled.agreement)
         tallies.append(labelled.tally)
         records.append(LabelRecord(members, quality))

@@ -18,6 +18,17 @@ Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Link:
+    """A cell that leads to the picture with this anchor."""
+
+    text: str
+    anchor: str
+
+
+Cell = str | float | int | Link | None
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of text and numbers under a title; numbers get one decimal, None a dash.
 
@@ -27,7 +38,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | int | None, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
     bar_column: int | None = None
     folded: bool = False
 
@@ -41,11 +52,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """The panels of one sample, side by side, with its name and the colours of its classes."""
+    """The panels of one sample, side by side, with its name, the colours of its classes, and where a `Link` leads."""
 
     name: str
     panels: tuple[Panel, ...]
     legend: tuple[tuple[str, Colour], ...] = ()
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Report:
     figures: curves, as captioned image bytes. pictures: samples.
     provenance: how it was made: command, versions, seed, seconds, memory. The value of "command" is shown as code.
     notes: for a score's label, the small line below its number. summary: one paragraph under the title.
-    pictures_title: what the pictures show.
+    pictures_title: what the pictures show. contents: a table of them, before them.
     """
 
     title: str
@@ -68,6 +80,7 @@ class Report:
     summary: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
     pictures_title: str = "What it sees"
+    contents: Table | None = None
 
 
 def write_page(report: Report, path: Path | str) -> Path:
@@ -100,6 +113,7 @@ def render(report: Report) -> str:
     """The page as text."""
     parts = (
         _scores(report.scores, report.notes),
+        _section(report.contents.title, "", _table(report.contents)) if report.contents else "",
         _section(report.pictures_title, "pictures", "".join(_picture(picture) for picture in report.pictures)),
         _section("Curves", "curves", "".join(_figure(figure) for figure in report.figures)),
         "".join(_section(table.title, "", _table(table)) for table in report.tables),
@@ -132,8 +146,9 @@ def _picture(picture: Picture) -> str:
         f'<li><i style="background:rgb({red},{green},{blue})"></i>{escape(name)}</li>'
         for name, (red, green, blue) in picture.legend
     )
+    anchor = f' id="{escape(picture.anchor)}"' if picture.anchor else ""
     return (
-        f'<article><header><h3>{escape(picture.name)}</h3><ul class="legend">{legend}</ul></header>'
+        f'<article{anchor}><header><h3>{escape(picture.name)}</h3><ul class="legend">{legend}</ul></header>'
         f'<div class="panels">{panels}</div></article>'
     )
 
@@ -164,7 +179,9 @@ def _table(table: Table) -> str:
     return f"<details><summary>{len(table.rows)} rows</summary>{body}</details>" if table.folded else body
 
 
-def _cell(value: str | float | int | None, *, bar: bool) -> str:
+def _cell(value: Cell, *, bar: bool) -> str:
+    if isinstance(value, Link):
+        return f'<td><a href="#{escape(value.anchor)}">{escape(value.text)}</a></td>'
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
     meter = ""

@@ -184,6 +184,35 @@ def load_checkpoint(folder: Path, *, class_names: Sequence[str]) -> Checkpoint:
     return Checkpoint(folder, info, EngineState(weights, first, second, info.num_updates, info.loss_scale), progress)
 
 
+def copy_model(folder: Path, run: Path, *, name: str) -> Path:
+    """Copy a checkpoint's model, without optimizer and progress, to RUN/checkpoints/NAME; return that folder.
+
+    The run that wrote it may delete it at any time: the copy is whole and verified, or not there.
+
+    Raises:
+        CorruptCheckpointError: the checkpoint is damaged, or was deleted meanwhile.
+    """
+    target, partial = run / FOLDER / name, run / FOLDER / f"{_PARTIAL}{uuid.uuid4().hex}"
+    if target.exists():
+        return target
+    partial.mkdir(parents=True)
+    try:
+        for file in (_MODEL, STATE_NAME):
+            try:
+                data = (folder / file).read_bytes()
+            except OSError as error:
+                raise CorruptCheckpointError(f"{folder / file} cannot be read: {error}") from error
+            _write(partial / file, data)
+        load_weights(partial, class_names=None)
+        _sync_folder(partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    _sync_folder(target.parent)
+    return target
+
+
 def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) -> None:
     """Raise a ValueError that names both sides when the class lists differ."""
     if tuple(saved) == tuple(wanted):

@@ -82,7 +82,7 @@ class TrainStep(Objective):
 
         Our reading of an offline Y: it takes the online one's place in L_seg and, at each patch's centre, in L_r, sample
         by sample; a sample that has none (not labelled yet, or rejected there) is trained on the online Y. L_a reads no
-        labels.
+        labels. The share of samples with an offline Y is reported as a part without weight, `labels_given`.
         """
         features = self.segmenter.encode(batch.image_B3HW)
         if self.settings.supervision == "masks":
@@ -96,6 +96,7 @@ class TrainStep(Objective):
         return [
             *_segmentation_parts(outputs.logits_BChw, label_BHW),
             *self.affinity_parts(outputs, label_BN, visible_BN),
+            *_labels_given(batch, outputs.logits_BChw),
         ]
 
     def _labels(self, batch: Batch, features: Features, outputs: Outputs) -> Tensor:
@@ -163,3 +164,11 @@ def _segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPar
         LossPart("segmentation_background", 0.5, *background),
         LossPart("segmentation_foreground", 0.5, *foreground),
     ]
+
+
+def _labels_given(batch: Batch, like: Tensor) -> list[LossPart]:
+    """Shows in the metrics whether labels from disk reach the training at all."""
+    if batch.given_B is None:
+        return []
+    given, samples = (like.new_tensor(float(count)) for count in (batch.given_B.sum(), len(batch)))
+    return [LossPart("labels_given", 0.0, given, samples)]

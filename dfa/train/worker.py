@@ -174,6 +174,8 @@ class Trainer:
             eta_s = (self.plan.total_samples - self.samples_seen) / rate
             text = "step %d/%d  loss %.4f  %.1f images/s  waiting for data %.0f%%  ETA %s"
             total = self.step + -(-(self.plan.total_samples - self.samples_seen) // self.plan.global_batch)
+            if "labels_given" in values:
+                text += f"  offline labels {100 * values['labels_given']:.0f}%%"
             logger.info(text, self.step, total, values["loss"], rate, 100 * values["data_wait"], duration(eta_s))
 
     def _validation_due(self, done: bool) -> bool:

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfa.data.offline import OfflineLabels, check_labels, read_masks, resolve
+from dfa.data.offline import (
+    OfflineLabels,
+    begin_generations,
+    check_labels,
+    current_generation,
+    read_masks,
+    resolve,
+    set_current,
+)
 from dfa.data.shards import BrokenShardError, ShardIndex, read_samples
 from tests.data.toy_labels import make_current, png, write_labels
 from tests.train.toy import write_toy_shards
@@ -35,6 +43,7 @@ def test_a_folder_of_labels_is_read_itself_and_generations_through_their_current
     plain = write_labels(tmp_path / "plain", index, masks_of(index))
     assert resolve(plain) == plain
     generations = tmp_path / "follow"
+    assert begin_generations(str(generations)) is None
     assert resolve(str(generations)) is None
     first = write_labels(generations / "step-00000040", index, masks_of(index))
     assert resolve(str(generations)) is None  # written, and not yet declared finished
@@ -43,6 +52,28 @@ def test_a_folder_of_labels_is_read_itself_and_generations_through_their_current
     second = write_labels(generations / "step-00000080", index, masks_of(index))
     make_current(generations, "step-00000080")
     assert resolve(str(generations)) == second
+
+
+def test_an_address_where_nothing_is_or_will_be_is_refused_by_its_name(tmp_path):
+    misspelt = tmp_path / "train_folow"
+    with pytest.raises(ValueError, match=rf"{misspelt} is not there: it has neither finished labels .* of a follower"):
+        resolve(str(misspelt))
+    misspelt.mkdir()
+    with pytest.raises(ValueError, match=rf"{misspelt} holds neither finished labels .* of a follower; give the"):
+        resolve(str(misspelt))
+
+
+def test_beginning_generations_again_keeps_the_current_one(tmp_path):
+    root = str(tmp_path / "follow")
+    assert begin_generations(root) is None and begin_generations(root) is None
+    set_current(root, "step-00000040-aa")
+    assert begin_generations(root) == current_generation(root) == "step-00000040-aa"
+
+
+def test_a_folder_that_cannot_be_made_for_generations_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=rf"labels cannot be written to {tmp_path}/file/follow"):
+        begin_generations(str(tmp_path / "file/follow"))
 
 
 def test_labels_whose_job_was_not_finished_are_refused(index, tmp_path):
@@ -57,7 +88,7 @@ def test_labels_whose_job_was_not_finished_are_refused(index, tmp_path):
     [
         ({"kind": "dfa-label-generations", "folder": "../elsewhere"}, r"names the folder '../elsewhere'"),
         ({"kind": "dfa-label-generations", "folder": ""}, r"names the folder ''"),
-        ({"kind": "dfa-label-generations"}, r"names the folder None"),
+        ({"kind": "dfa-label-generations"}, r"names the folder ''"),
         ({"kind": "dfa-shards", "folder": "a"}, r"is not of kind 'dfa-label-generations'"),
         (["a"], r"is not of kind 'dfa-label-generations'"),
     ],

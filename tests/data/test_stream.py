@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfa.data.offline import OfflineLabels
+from dfa.data.offline import OfflineLabels, begin_generations
 from dfa.data.reading import CropSettings, Item, Reader
 from dfa.data.shards import BrokenShardError, ShardIndex, load_index, read_samples, read_shard
 from dfa.data.stream import Batch, eval_batches, ingest_options, iterate, to_batch, train_stream
@@ -197,6 +197,7 @@ def test_a_sample_without_a_label_is_void_and_says_so(blocks: ShardIndex, tmp_pa
 
 
 def test_before_the_first_generation_no_sample_has_a_label(blocks: ShardIndex, tmp_path: Path) -> None:
+    begin_generations(str(tmp_path / "follow"))
     (columns,) = read(blocks, 0, [1, 0], labels=offline(tmp_path / "follow", blocks))
     assert columns["given"].tolist() == [False, False] and (columns["mask"] == 255).all()
 
@@ -219,6 +220,7 @@ def test_a_refreshed_generation_is_read_at_the_next_item(blocks: ShardIndex, tmp
     for step, value in ((40, 1), (80, 2)):
         masks = {row.key: png(np.full((24, 24), value)) for row in read_samples(blocks)}
         write_labels(tmp_path / f"step-{step:08d}", blocks, masks)
+    begin_generations(str(tmp_path))
     reader = Reader(blocks.path(blocks.shards[0].name), 0, 3, 5, CROP, False, offline(tmp_path, blocks))
 
     def classes(epoch: int) -> list[int]:

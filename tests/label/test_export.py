@@ -20,6 +20,10 @@ from dfa.data.classes import ClassSet
 from dfa.data.shards import BrokenShardError
 from dfa.data.sources import CocoSource, Sample
 from dfa.label.export import (
+    OriginalIds,
+    check_file,
+    check_folder,
+    check_listed,
     export_coco,
     export_pngs,
     read_label_rows,
@@ -27,7 +31,8 @@ from dfa.label.export import (
     read_original_ids,
     read_soft,
 )
-from tests.label.folder import NAMES, Label, grey_png, write_labels, write_tar
+from dfa.label.output import UnwritableError
+from tests.label.folder import NAMES, Label, grey_png, write_images, write_labels, write_tar
 
 CONF = Path(__file__).parents[2] / "conf"
 RANDOM = np.random.default_rng(0)
@@ -339,3 +344,32 @@ def test_labels_of_real_coco_images_get_the_ids_of_the_original_file(sample_data
     for label, image in zip(labels, ours.dataset["images"], strict=True):
         names = {classes.names[value - 1] for value in np.unique(label.mask_HW) if value}
         assert names == {ours.cats[each["category_id"]]["name"] for each in ours.imgToAnns[image["id"]]}
+
+
+def test_annotations_that_do_not_list_the_images_are_refused_with_both_sides_named(tmp_path):
+    samples = []
+    for key in ("a", "b", "c"):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{key}.png")
+        samples.append(Sample(key, str(tmp_path / f"{key}.png"), (1,)))
+    index = write_images(tmp_path / "shards", samples, names=NAMES, per_shard=2)
+    listed = OriginalIds(((1, "cat"),), {key: (number, f"{key}.jpg") for number, key in enumerate("abc")})
+    check_listed(listed, index, where="all.json")
+    del listed.images["a"], listed.images["c"]
+    with pytest.raises(ValueError, match=r"val.json does not list 2 of the 3 images of .*shards: \['a', 'c'\].* 'b'"):
+        check_listed(listed, index, where="val.json")
+
+
+def test_places_for_exports_are_tried_and_left_as_they_were(tmp_path):
+    (tmp_path / "pngs").mkdir()
+    (tmp_path / "coco.json").write_text("mine")
+    check_folder(str(tmp_path / "pngs"))
+    check_folder(str(tmp_path / "deep/quality"))
+    check_file(str(tmp_path / "coco.json"))
+    check_file(str(tmp_path / "new/coco.json"))
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"coco.json"} and (tmp_path / "coco.json").read_text() == "mine"
+    for check, address in ((check_folder, "coco.json/pngs"), (check_file, "pngs"), (check_file, "coco.json/x.json")):
+        with pytest.raises(UnwritableError, match=f"cannot be exported to {tmp_path}/{address}"):
+            check(str(tmp_path / address))
+    check_folder("memory://exports/pngs")
+    assert storage.list_names("memory://exports/pngs") == []

@@ -58,7 +58,7 @@ def labelled(tmp_path, labels=None, names=NAMES):
 def pictures(page):
     """Of each article of the page: heading, decoded pictures, captions, legend."""
     found = []
-    for article in re.findall(r"<article>.*?</article>", page, re.DOTALL):
+    for article in re.findall(r"<article.*?</article>", page, re.DOTALL):
         images = [Image.open(io.BytesIO(base64.b64decode(x))) for x in re.findall(r"base64,([^\"]+)", article)]
         heading = unescape(re.search(r"<h3>(.*?)</h3>", article)[1])
         legend = re.findall(r"</i>([^<]*)</li>", article)
@@ -68,9 +68,65 @@ def pictures(page):
 
 def test_the_worst_samples_come_first_and_ties_go_by_key(tmp_path):
     root, _ = labelled(tmp_path)
-    assert [row.key for row in worst_samples(root, count=10)] == ["a", "d", "b", "c", "e"]
-    assert worst_samples(root, count=3) == sorted(read_label_rows(root), key=lambda row: (row.confidence, row.key))[:3]
-    assert worst_samples(root, count=0) == []
+    assert [row.key for row in worst_samples(root, count=10, by="confidence")] == ["a", "d", "b", "c", "e"]
+    ordered = sorted(read_label_rows(root), key=lambda row: (row.confidence, row.key))
+    assert worst_samples(root, count=3, by="confidence") == ordered[:3]
+    assert worst_samples(root, count=0, by="confidence") == []
+
+
+def test_agreement_is_that_with_the_model_where_it_looked(tmp_path):
+    seed, model = [0.1, 0.2, 0.3, 0.4, 0.5], [0.9, None, 0.25, 0.25, None]
+    labels = [
+        label(key, agreement_seed=a, agreement_model=0.0 if b else None, agreement_seed_model=b)
+        for key, a, b in zip(SIZES, seed, model, strict=True)
+    ]
+    root, _ = labelled(tmp_path, labels)
+    assert [row.key for row in worst_samples(root, count=4, by="agreement")] == ["d", "a", "c", "e"]
+
+
+def test_half_of_the_samples_disagree_and_half_are_uncertain_and_all_are_linked(tmp_path):
+    agreement = {"b": 0.9, "d": 0.2, "a": 0.3, "c": 0.1, "e": 0.4}
+    root, index = labelled(tmp_path, [label(key, agreement_seed=agreement[key]) for key in SIZES])
+    write_quality(root, index, str(tmp_path / "quality"), count=4, title="x")
+    page = (tmp_path / "quality" / "quality.html").read_text()
+    # c and d by agreement, then a and b by confidence: d, which is less confident than b, is there already.
+    assert [heading[0] for heading, *_ in pictures(page)] == ["c", "d", "a", "b"]
+    assert re.findall(r'<article id="(.*?)">', page) == [f"sample-{key}" for key in "cdab"]
+    rows = re.findall(r'<td><a href="#(.*?)">(.*?)</a></td><td>(.*?)</td><td class="number">(.*?)</td>', page)
+    reasons = ["least agreement"] * 2 + ["least confident"] * 2
+    assert rows == [
+        (f"sample-{k}", k, why, f"{100 * agreement[k]:.1f}") for k, why in zip("cdab", reasons, strict=True)
+    ]
+    numbers = json.loads((tmp_path / "quality" / "quality.json").read_text())
+    assert [(row["key"], row["reason"]) for row in numbers["worst"]] == list(zip("cdab", reasons, strict=True))
+
+
+def test_the_page_leads_with_agreement_and_says_what_made_the_labels(tmp_path):
+    root, index = labelled(tmp_path)
+    facts = {"checkpoint": "step 7", "CRF": "preset wide"}
+    write_quality(root, index, str(tmp_path / "quality"), count=0, title="x", unary="model", facts=facts)
+    page = (tmp_path / "quality" / "quality.html").read_text()
+    cards = re.findall(r'<div class="card"><span>(.*?)</span>', page)
+    assert cards == ["model and CRF agree, %", "empty labels, %", "void, %", "confidence, %"]
+    told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert told["checkpoint"] == "step 7" and told["CRF"] == "preset wide" and told["classes"] == "3: cat, dog, hot dog"
+    assert json.loads((tmp_path / "quality" / "quality.json").read_text())["facts"] == facts
+
+
+def test_the_models_own_mask_is_shown_where_it_is_kept(tmp_path):
+    own = np.full(SIZES["a"], 3, np.uint8)
+    labels = [label(key, mask_HW=np.full(SIZES[key], 1, np.uint8)) for key in SIZES]
+    labels[2] = replace(labels[2], members=(*labels[2].members, ("model.png", grey_png(own))))
+    root, index = labelled(tmp_path, labels)
+    write_quality(root, index, str(tmp_path / "quality"), count=5, title="x")
+    for heading, images, captions, legend in pictures((tmp_path / "quality" / "quality.html").read_text()):
+        if heading[0] == "a":
+            assert captions == ["image", "pseudo-label", "prediction", "uncertainty"] and legend == ["cat", "hot dog"]
+            wanted = mask_overlay(np.asarray(images[0]), np.full(np.asarray(images[0]).shape[:2], 3, np.uint8))
+            # JPEG at quality 80; another class is 20 grey levels away or more
+            assert np.abs(np.asarray(images[2]).mean((0, 1)) - wanted.mean((0, 1))).max() < 8
+        else:
+            assert captions == ["image", "pseudo-label", "uncertainty"]
 
 
 def test_the_worst_of_many_samples_are_found_without_holding_them_all(tmp_path):
@@ -85,7 +141,7 @@ def test_the_worst_of_many_samples_are_found_without_holding_them_all(tmp_path):
     assert len(keep) == 16_000
     del keep
     tracemalloc.reset_peak()
-    worst = worst_samples(root, count=5)
+    worst = worst_samples(root, count=5, by="confidence")
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [row.key for row in worst] == [f"k{number:05d}" for number in range(5)]
@@ -147,18 +203,19 @@ def test_the_page_shows_the_worst_samples_with_their_maps(tmp_path):
     page = (tmp_path / "deep" / "quality" / "quality.html").read_text()
     assert address == str(tmp_path / "deep" / "quality" / "quality.html") and "<h1>Labels of mine</h1>" in page
     shown = pictures(page)
+    # All agree alike, so the first two go by key.
     assert [heading for heading, *_ in shown] == [
-        "a · confidence 25.0 % · dog",
-        "d · confidence 25.0 % · cat, hot dog · empty: hot dog",
-        "b · confidence 50.0 % · cat, hot dog · empty: hot dog",
-        "c · confidence 75.0 % · dog",
+        "a · CRF agrees 75.0 % · confidence 25.0 % · dog",
+        "b · CRF agrees 75.0 % · confidence 50.0 % · cat, hot dog · empty: hot dog",
+        "d · CRF agrees 75.0 % · confidence 25.0 % · cat, hot dog · empty: hot dog",
+        "c · CRF agrees 75.0 % · confidence 75.0 % · dog",
     ]
     for heading, images, captions, legend in shown:
         height, width = SIZES[heading[0]]
         assert captions == ["image", "pseudo-label", "uncertainty"] and legend == ["cat", "dog", "void"]
         for image in images:
             assert abs(image.width / image.height - width / height) < 0.02 and image.format == "JPEG"
-    assert "Least confident samples" in page and not re.search(r"https?://|<script", page)
+    assert "Doubtful samples" in page and not re.search(r"https?://|<script", page)
 
 
 def test_panels_are_the_mask_and_the_uncertainty_of_their_own_sample(tmp_path):
@@ -190,6 +247,7 @@ def test_the_numbers_file_holds_all_of_it(tmp_path):
     assert [each["empty_rate"] for each in found["classes"]] == [0, 0, 1]
     worst = [(each["key"], each["confidence"], each["labels"], each["empty"]) for each in found["worst"]]
     assert worst == [("a", 0.25, ["dog"], []), ("d", 0.25, ["cat", "hot dog"], ["hot dog"])]
+    assert [each["reason"] for each in found["worst"]] == ["least agreement", "least confident"]
 
 
 def test_the_same_labels_give_the_same_bytes(tmp_path):
@@ -224,14 +282,15 @@ def test_what_a_model_says_is_shown_where_there_is_one(tmp_path):
         root, index = labelled(tmp_path / name, labels)
         write_quality(root, index, str(tmp_path / name / "quality"), count=0, title="x")
         pages.append((tmp_path / name / "quality" / "quality.html").read_text())
-    assert [page.count("model agree") for page in pages] == [0, 2]
+    for card in ("trained model and CRF agree", "CAM and trained model agree"):
+        assert [page.count(card) for page in pages] == [0, 1]
 
 
 def test_a_page_without_samples_or_confidence_maps_is_fine(tmp_path):
     root, index = labelled(tmp_path, [label(key, members=()) for key in SIZES])
     write_quality(root, index, str(tmp_path / "quality"), count=0, title="x")
     page = (tmp_path / "quality" / "quality.html").read_text()
-    assert pictures(page) == [] and "Least confident" not in page and "hot dog" in page
+    assert pictures(page) == [] and "Doubtful" not in page and "hot dog" in page
     write_quality(root, index, str(tmp_path / "quality"), count=1, title="x")
     ((_, _, captions, _),) = pictures((tmp_path / "quality" / "quality.html").read_text())
     assert captions == ["image", "pseudo-label"]
@@ -307,6 +366,11 @@ def test_the_page_of_24_real_photographs_stays_small(sample_data, tmp_path):
     root = write_labels(tmp_path / "labels", shards, names, index.plan_hash)
     address = write_quality(root, index, str(tmp_path / "quality"), count=24, title="VOC")
     page = (tmp_path / "quality" / "quality.html").read_text()
-    assert [heading.split()[0] for heading, *_ in pictures(page)] == keys[::-1]
+    # All agree alike: twelve by key, then the least confident of the others.
+    first = sorted(keys)[:12]
+    assert [heading.split()[0] for heading, *_ in pictures(page)] == [
+        *first,
+        *(k for k in keys[::-1] if k not in first),
+    ]
     assert all(len(images) == 3 and images[0].width <= 280 for _, images, _, _ in pictures(page))
     assert len(page) < 3_000_000, f"{address} has {len(page) / 1e6:.1f} MB"

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dfa import build, config
+from dfa.data.offline import begin_generations
 from dfa.data.shards import read_samples
 from dfa.data.stream import Batch
 from dfa.label.pseudo import pseudo_labels
 from dfa.label.seed import make_seeds
+from dfa.train.objective import global_loss
 from tests.data.toy_labels import make_current, png, write_labels
 from tests.train.toy import write_toy_shards
 
@@ -138,8 +140,9 @@ def online_labels(step, batch):
 
 
 def assert_same_parts(found, wanted, tolerance=0.0):
-    assert [part.name for part in found] == [part.name for part in wanted] == PARTS
-    for a, b in zip(found, wanted, strict=True):
+    assert [part.name for part in found] == [*PARTS, "labels_given"]
+    assert [part.name for part in wanted] == PARTS
+    for a, b in zip(found, wanted, strict=False):
         torch.testing.assert_close((a.total, a.count), (b.total, b.count), rtol=tolerance, atol=0)
 
 
@@ -189,9 +192,18 @@ def test_no_seed_is_made_where_every_sample_has_a_label(tmp_path):
     path = tmp_path / "classes.yaml"
     path.write_text(json.dumps({"names": list(classes.names), "background": [], "templates": list(classes.templates)}))
     step, mask = make_step("loss.supervision=labels", f"data.classes={path}"), torch.zeros(3, 48, 48, dtype=torch.uint8)
-    assert [part.name for part in step(with_labels(make_batch(), mask, [True] * 3))] == PARTS
+    assert [part.name for part in step(with_labels(make_batch(), mask, [True] * 3))] == [*PARTS, "labels_given"]
     with pytest.raises(ValueError, match="leave none for the background"):
         step(with_labels(make_batch(), mask, [True, True, False]))
+
+
+def test_the_share_of_samples_with_an_offline_label_is_reported_and_weighs_nothing():
+    step, mask = make_step("loss.supervision=labels"), torch.zeros(3, 48, 48, dtype=torch.uint8)
+    batch = with_labels(make_batch(), mask, [True, False, False])
+    loss = global_loss(step(batch), batch)
+    assert loss.means["labels_given"] == pytest.approx(1 / 3)
+    without = global_loss([part for part in step(batch) if part.name != "labels_given"], batch)
+    assert loss.value == without.value and torch.equal(loss.local, without.local)
 
 
 def test_a_step_on_labels_refuses_a_batch_that_never_asked_for_them():
@@ -223,6 +235,9 @@ def test_a_run_holds_finished_labels_against_its_shards_and_waits_for_others(sha
     index, overrides = shards
     masks = {row.key: png(torch.zeros(16, 16).numpy()) for row in read_samples(index)}
     loaded = config.load("demo", [*overrides, "loss.supervision=labels", f"shards.labels={tmp_path}/labels"])
+    with pytest.raises(ValueError, match=rf"{tmp_path}/labels is not there: it has neither finished labels"):
+        build.loop_plan(loaded)
+    begin_generations(str(tmp_path / "labels"))
     with caplog.at_level(logging.WARNING):
         build.loop_plan(loaded)
     assert f"{tmp_path}/labels holds no finished labels yet" in caplog.text

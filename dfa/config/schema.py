@@ -1,24 +1,7 @@
-"""The run as typed dataclasses: every field, its default, its allowed values, and where the default comes from.
+"""The run as typed dataclasses: every field, its default, its allowed values, and where the default comes from."""
 
-`load("voc_dfa", ["train.steps=100"])` reads conf/voc_dfa.yaml, which holds differences from these defaults, then the
-key=value overrides, and checks names, types and ranges. Only `dfa.build` and jobs read a Config.
-"""
-
-import dataclasses
-import difflib
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dfa.data.classes import ClassSet
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def _number(default: Any, low: float, high: float) -> Any:
@@ -226,9 +209,10 @@ class LabelConfig:
     confidence: bool = False  # KEY.confidence.png: probability of the winner, 0..255
     png: bool = False  # a folder of palette PNGs beside the label shards (VOC's form)
     coco: bool = False  # a COCO instances JSON with run-length masks beside the label shards
-    worst: int = _number(24, 0, 1_000)  # samples on the page of the least confident; 0: no page
+    worst: int = _number(24, 0, 1_000)  # doubtful samples on the page of the quality; 0: no page
     follow: bool = False  # label again whenever label.checkpoint names a newer checkpoint, until training has ended
     follow_interval_s: float = _number(5.0, 0.1, 86_400.0)  # how often to look
+    follow_patience_s: float = _number(600.0, 0.0, 1e7)  # how long the training may take to start
     batch_size: int = _number(16, 1, 100_000)  # images of one size class at a time
     batch_pixels: int = _number(400_000, 1, 1_000_000_000)  # and at most so many pixels
     crf_images: int = _number(4, 1, 100_000)  # images that one CRF task takes
@@ -294,128 +278,3 @@ class Config:
     predict: PredictConfig = field(default_factory=PredictConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
-
-
-def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
-
-    Args:
-        name: a name in conf/ ("demo") or the path of a YAML file; "" for the defaults alone.
-        overrides: "section.key=value", value in YAML syntax.
-
-    Raises:
-        ValueError: unknown file or key (with the nearest known one), wrong type, value out of range.
-    """
-    layers: list[tuple[str, Any]] = [(f"conf {_conf_path(name)}", _read_yaml(_conf_path(name)))] if name else []
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} is not of the form section.key=value")
-        # "key=" is the empty text, not nothing.
-        override += "" if override.partition("=")[2] else "''"
-        layers.append((f"override {key}", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
-    return _resolve(layers)
-
-
-def from_sections(sections: Mapping[str, Any], *, where: str) -> Config:
-    """A configuration of some sections as plain mappings, as a checkpoint holds them; the defaults elsewhere.
-
-    Raises:
-        ValueError: as in `load`; `where` tells what the sections are.
-    """
-    return _resolve([(where, dict(sections))])
-
-
-def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
-    merged = OmegaConf.structured(Config)
-    for where, layer in layers:
-        for key in _flat(layer):
-            _check_key(key, where)
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    _check_ranges(config, "")
-    return config
-
-
-def class_set(name: str) -> ClassSet:
-    """The class list `name` of conf/ or at the path `name`: keys names, prompts, background, templates."""
-    path = _conf_path(name)
-    try:
-        return ClassSet.from_mapping(_read_yaml(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain containers, for JSON."""
-    return dataclasses.asdict(config)
-
-
-def digest(*parts: Any) -> str:
-    """A short stable hash of configuration sections or other plain values: what an output depends on."""
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _conf_path(name: str) -> Path:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(each.stem for each in CONF.glob("*.yaml"))
-        raise ValueError(f"no configuration {name!r} ({path} is not a file); conf/ has {', '.join(known)}")
-    return path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # the YAML parser behind OmegaConf raises its own family
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a mapping is expected at the top, found {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _flat(layer: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in layer.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _known_keys(kind: type = Config, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for each in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(each.type):
-            keys += [f"{prefix}{each.name}", *_known_keys(each.type, f"{prefix}{each.name}.")]  # type: ignore[arg-type]
-        else:
-            keys.append(f"{prefix}{each.name}")
-    return keys
-
-
-def _check_key(key: str, where: str) -> None:
-    known = _known_keys()
-    if key in known:
-        return
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(k for k in known if '.' not in k)}"
-    raise ValueError(f"{where}: unknown key {key!r}{hint}")
-
-
-def _check_ranges(section: Any, prefix: str) -> None:
-    for each in dataclasses.fields(section):
-        value, name = getattr(section, each.name), f"{prefix}{each.name}"
-        if dataclasses.is_dataclass(value):
-            _check_ranges(value, f"{name}.")
-        elif "choices" in each.metadata and value not in each.metadata["choices"]:
-            near = difflib.get_close_matches(str(value), [str(option) for option in each.metadata["choices"]], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name} is {value!r}, allowed are {list(each.metadata['choices'])}{hint}")
-        elif "range" in each.metadata:
-            low, high = each.metadata["range"]
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}, allowed is {low} to {high}")
