@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dfa.data.shards import BrokenShardError
 from dfa.label.claim import Claim
-from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, has_changed
+from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, problem_of
 from dfa.label.output import LabelItem, LabelReport, commit, committed, finish, total_tally
 from dfa.label.scoring import LabelSettings
 from dfa.label.slots import Share, check_nodes, derive_slots, read_capacity, scorer_place
@@ -128,31 +128,24 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
             a checkpoint that does not fit.
         RuntimeError: a batch lost its workers again and again.
     """
+    items, todo = {each.name: _items(each) for each in plan.passes}, dict[str, dict[str, LabelItem]]()
     with ExitStack() as folders:
         for each in plan.passes:
             folders.enter_context(each.claim.held())
-        return _run(plan)
+            missing = (item for item in items[each.name] if committed(each.output, item, each.settings) is None)
+            todo[each.name] = {item.shard: item for item in missing}
+            if todo[each.name]:
+                each.claim.reopen()
+        line = _Line(plan, todo)
+        if any(todo.values()):
+            line.run()
+        return {each.name: _result(each, items[each.name], line) for each in plan.passes}
 
 
-def _run(plan: FactoryPlan) -> dict[str, PassResult]:
-    items, todo = {each.name: _items(each) for each in plan.passes}, dict[str, dict[str, LabelItem]]()
-    for each in plan.passes:
-        todo[each.name] = {
-            item.shard: item for item in items[each.name] if committed(each.output, item, each.settings) is None
-        }
-        if todo[each.name]:
-            each.claim.reopen()
-    line = _Line(plan, todo)
-    if any(todo.values()):
-        line.run()
-    results = {}
-    for each in plan.passes:
-        images = each.images
-        report = finish(each.output, items[each.name], images.class_names, images.plan_hash, each.settings)
-        images_now = sum(item.num_rows for item in todo[each.name].values())
-        seconds, work_s = line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {})
-        results[each.name] = PassResult(report, images_now, seconds, work_s)
-    return results
+def _result(each: LabelPass, items: list[LabelItem], line: "_Line") -> PassResult:
+    report = finish(each.output, items, each.images.class_names, each.images.plan_hash, each.settings)
+    images_now = sum(item.num_rows for item in line.todo[each.name].values())
+    return PassResult(report, images_now, line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {}))
 
 
 def _settings_hash(label_pass: LabelPass) -> str:
@@ -332,7 +325,7 @@ class _Line:
 
     def _commit(self, shard: _OpenShard) -> None:
         item, name = shard.item, shard.label_pass.name
-        if problem := _problem(shard.part, item.image_sha256):
+        if problem := problem_of(shard.part, item.image_sha256):
             self._fail(shard, problem)
             return
         ordered = [shard.pieces[number] for number in range(shard.num_pieces)]
@@ -377,14 +370,6 @@ def _reason(error: RayError) -> str:
     cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, RayError) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith("ray::")]
     return lines[0] if lines else type(cause).__name__
-
-
-def _problem(part: ImagePart, sha256: str) -> str | None:
-    """What is wrong with images that were read just now, None if they still are those of the index."""
-    try:
-        return None if part.fingerprint() == sha256 else has_changed(part.address)
-    except (OSError, ValueError) as error:
-        return f"{part.address} cannot be read: {error}"
 
 
 @ray.remote

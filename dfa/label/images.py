@@ -90,6 +90,14 @@ def has_changed(address: str) -> str:
     return f"{address} has changed since it was indexed; write the index again (jobs/shard)"
 
 
+def problem_of(part: ImagePart, sha256: str) -> str | None:
+    """What is wrong with images that were read just now, None if they still are those of the index."""
+    try:
+        return None if part.fingerprint() == sha256 else has_changed(part.address)
+    except (OSError, ValueError) as error:
+        return f"{part.address} cannot be read: {error}"
+
+
 @dataclass(frozen=True)
 class _Indexed:
     """What an index and a listing say of themselves alike."""

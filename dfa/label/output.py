@@ -200,7 +200,8 @@ def commit(
     columns = {name: [each[name] for each in qualities] for name in Quality.__dataclass_fields__}
     document |= {"rejects": [asdict(each) for each in rejects], "tally": _tally_to_plain(tally), "samples": columns}
     with _writing(
-        f"label shard {address}", "shards that were written before stay, and the same command goes on from them"
+        f"label shard {address}",
+        "shards that were written before stay as they are, and the same command goes on from them",
     ):
         storage.write_atomic(address, lambda file: file.write(content))
         folder = storage.join(root, TIMINGS_FOLDER)
