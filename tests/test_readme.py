@@ -42,7 +42,8 @@ print(json.dumps({"size": mask.shape, "scores": scores.shape}))
 def blocks(title, language=""):
     """The code blocks of a section."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
 
 
 def commands(title):

@@ -27,7 +27,7 @@ from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, problem
 from dfa.label.output import LabelItem, LabelReport, commit, committed, finish, total_tally
 from dfa.label.scoring import LabelSettings
 from dfa.label.slots import Share, check_nodes, derive_slots, read_capacity, scorer_place
-from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, score_batch
+from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, keep_freed_memory, score_batch
 
 logger = logging.getLogger(__name__)
 
@@ -394,4 +394,5 @@ class _ScorerActor:
 @ray.remote(max_retries=3)
 def _finish_piece(piece: Piece) -> PieceLabels:
     torch.set_num_threads(1)
+    keep_freed_memory()
     return finish_piece(piece)
