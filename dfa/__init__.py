@@ -27,7 +27,7 @@ def load(
     >>> mask, scores = model.predict("photo.jpg")                       # (H, W) uint8 and (C + 1, H, W) float32
     >>> [model.class_names[value - 1] for value in numpy.unique(mask) if value]
     ['kite', 'wheel']
-    >>> mask, scores = model.predict("photo.jpg", crf=dfa.label.crf.PRESETS["deeplab"])    # borders along edges
+    >>> mask, scores = model.predict("photo.jpg", crf="deeplab")       # borders along edges
     >>> picture = PIL.Image.fromarray(mask); picture.putpalette(model.palette.tobytes()); picture.save("photo.png")
 
     Neither configuration nor class list is needed: the checkpoint describes its model. Its files are verified by their

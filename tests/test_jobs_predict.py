@@ -1,6 +1,8 @@
 """predict on a folder of pictures and on shards: the masks are those of `dfa.load(run).predict`."""
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from dfa.train.objective import EngineState
 from dfa.world.folder import write_voc
 from jobs import predict
 
-NUM_IMAGES, NUM_BROKEN = 9, 2
+NUM_IMAGES, NUM_BROKEN = 9, 4
+UNUSABLE = ("broken.jpg", "deep/gone.png", "deep/note.png", "deep_tiny.png")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,9 @@ def _fill(folder, scenes):
     Image.new("RGB", (200, 3), (9, 99, 199)).save(folder / "wide.jpg")
     (folder / "broken.jpg").write_bytes(scenes[0].read_bytes()[:1000])
     (folder / "deep/note.png").write_bytes(b"no picture")
+    (folder / "deep/gone.png").symlink_to(folder / "nowhere")
+    (folder / "deep_tiny.png").write_bytes((folder / "deep/tiny.png").read_bytes())  # the key of deep/tiny.png
+    (folder / "new.webp").write_bytes(b"not read")
 
 
 def _agreement(config, paths_and_masks):
@@ -71,17 +77,30 @@ def test_a_folder_of_pictures_gets_the_masks_of_the_model(config):
     assert len(result["rejects"]) == NUM_BROKEN
     assert result["rejects"][0].startswith("broken: ")
     assert "not a JPEG or PNG" in result["rejects"][1]
+    assert result["rejects"][2] == "deep/gone.png: cannot be read: No such file or directory"
+    assert result["rejects"][3].startswith("deep_tiny.png: has the key of 'deep/tiny.png'")
+    assert result["unread"] == {".webp": 1}
     assert sum(result["pixel_share"].values()) == pytest.approx(1, abs=1e-4)  # rounded
     assert result["output"] == f"{config.run}/predict/photos"
     assert json.loads(json.dumps(result)) == result
 
-    pngs = {path.stem: path for path in Path(result["png_folder"]).iterdir()}
-    photos = [path for path in Path(config.predict.input).rglob("*.*") if path.stem not in ("broken", "note")]
-    keys = {str(path.relative_to(config.predict.input).with_suffix("")).replace("/", "_"): path for path in photos}
-    assert pngs.keys() == keys.keys()
+    photos, masks = Path(config.predict.input), Path(result["png_folder"])
+    usable = {path.relative_to(photos) for path in photos.rglob("*.*")} - {
+        Path(name) for name in (*UNUSABLE, "new.webp")
+    }
+    assert {path.relative_to(masks) for path in masks.rglob("*.*")} == {path.with_suffix(".png") for path in usable}
     # A batch rounds otherwise than an image alone: a pixel between two classes may go to the other.
-    assert _agreement(config, ((path, np.array(Image.open(pngs[key]))) for key, path in keys.items())) > 0.995
-    assert Image.open(pngs["grey"]).getpalette()[3:6] == [128, 0, 0]
+    pairs = ((photos / path, np.array(Image.open(masks / path.with_suffix(".png")))) for path in usable)
+    assert _agreement(config, pairs) > 0.995
+    assert Image.open(masks / "grey.png").getpalette()[3:6] == [128, 0, 0]
+
+    rows = list(csv.DictReader(Path(result["output"], "images.csv").read_text().splitlines()))
+    assert {row["image"]: row["mask"] for row in rows} == {
+        str(path): str(path.with_suffix(".png")) for path in usable
+    } | dict.fromkeys(UNUSABLE, "")
+    assert all(bool(row["mask"]) == (not row["reject"]) for row in rows)
+    keys = {sample.key for tar in Path(result["output"]).glob("*.tar") for sample in read_shard(str(tar))}
+    assert {row["key"] for row in rows if row["mask"]} == keys
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -92,7 +111,10 @@ def test_what_is_there_is_not_predicted_again(config):
     (root / "shard-000001.json").unlink()
     again = predict.work(config)
     assert again["predicted_now"] == 4
+    paths = [each for folder in (root, Path(again["png_folder"])) for each in (folder, *folder.rglob("*"))]
+    times = {path: path.stat().st_mtime_ns for path in paths}
     assert predict.work(config)["predicted_now"] == 0
+    assert {path: path.stat().st_mtime_ns for path in paths} == times  # also of folders: no file came or went
     for path in root.glob("*.tar"):
         time_ns, data = before[path.name]
         assert path.read_bytes() == data
@@ -102,7 +124,22 @@ def test_what_is_there_is_not_predicted_again(config):
     Image.new("RGB", (30, 20), (9, 99, 199)).save(late)
     joined = predict.work(config)
     assert (joined["num_images"], joined["predicted_now"]) == (NUM_IMAGES + 1, 4)
+    assert Path(joined["png_folder"], "zz.png").exists()
     late.unlink()
+    assert predict.work(config)["num_images"] == NUM_IMAGES
+    assert not Path(joined["png_folder"], "zz.png").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_another_folder_of_the_same_name_needs_an_output_of_its_own(config, tmp_path):
+    root = Path(predict.work(config)["output"])
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (30, 20), (9, 99, 199)).save(tmp_path / "photos/a.png")
+    other = replace(config, predict=replace(config.predict, input=f"{tmp_path}/photos"))
+    before = sorted(root.iterdir())
+    with pytest.raises(ValueError, match=f"holds the masks of {config.predict.input}, not of {tmp_path}/photos"):
+        predict.work(other)
+    assert sorted(root.iterdir()) == before
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -11,7 +11,13 @@ import torch
 from dfa import config as configuration
 from dfa.build.data import class_set, index
 from dfa.build.model import beside_conf, device, model_description, patch_size, trained_segmenter
-from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, prediction_input, prediction_output
+from dfa.build.predicting import (
+    checkpoint_config,
+    checkpoint_segmenter,
+    input_address,
+    prediction_input,
+    prediction_output,
+)
 from dfa.build.training import pseudo_settings
 from dfa.config import ClipConfig, Config
 from dfa.data import storage
@@ -152,7 +158,8 @@ def predict_pass(config: Config) -> LabelPass:
     found = prediction_input(config, read_info(folder).class_names)
     images = ShardImages(found) if isinstance(found, ShardIndex) else ListedImages(found)
     name, output, clip = f"predictions of {images.root}", prediction_output(config), checkpoint_config(folder).clip
-    return _pass(config, name, "predict", images, output, with_crf=config.predict.crf, limit=0, clip=clip)
+    found_pass = _pass(config, name, "predict", images, output, with_crf=config.predict.crf, limit=0, clip=clip)
+    return replace(found_pass, origin=input_address(config))
 
 
 def _shard_pass(

@@ -142,8 +142,13 @@ def prediction_input(config: Config, class_names: tuple[str, ...]) -> ShardIndex
         index = load_index(root)
         check_classes(index.class_names, class_names, where=f"predict.input {root}")
         return index
+    if not storage.is_local(root):
+        raise ValueError(
+            f"predict.input {root} has no {INDEX_NAME}: images at a remote address are read from shards; write them with"
+            " jobs.shard, or copy the folder here"
+        )
     return list_images(
-        root,
+        storage.local_path(root),
         class_names=class_names,
         images_per_shard=config.data.samples_per_shard,
         max_pixels=config.data.max_pixels,
@@ -156,11 +161,20 @@ def prediction_output(config: Config) -> str:
     Raises:
         ValueError: it lies inside the input, where the next run would take its masks for images.
     """
-    root = _input_root(config)
-    output = config.predict.output or storage.join(f"{config.run}/predict", Path(root).resolve().name)
-    if "://" not in root + output and Path(output).resolve().is_relative_to(Path(root).resolve()):
+    root = input_address(config)
+    output = config.predict.output or storage.join(f"{config.run}/predict", storage.base_name(root))
+    local = storage.is_local(root) and storage.is_local(output)
+    if local and Path(storage.local_path(output)).resolve().is_relative_to(root):
         raise ValueError(f"predict.output {output} lies inside predict.input {root}; choose a folder outside of it")
     return output
+
+
+def input_address(config: Config) -> str:
+    """What predict.input is, however it is written: an absolute path, or a remote address without its query."""
+    root = _input_root(config)
+    if storage.is_local(root):
+        return str(Path(storage.local_path(root)).resolve())
+    return root.partition("?")[0].rstrip("/")
 
 
 def _input_root(config: Config) -> str:

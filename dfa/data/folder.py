@@ -1,7 +1,9 @@
 """Any folder of images with a table of labels, or with one sub-folder per class."""
 
 import contextlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +18,13 @@ from dfa.data.labels import (
     strip_image_extension,
 )
 from dfa.data.samples import IMAGE_EXTENSIONS, MaskFile, Reject, Sample, judge, sample_key
+
+#: Pictures by their suffix, of formats that are not read: JPEG and PNG alone are, so that few decoders see foreign files.
+_UNREAD_EXTENSIONS = tuple(
+    [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".ppm", ".tif", ".tiff", ".webp"]
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class FolderSource:
         mask_folder = None if self.masks is None else os.path.join(self.root, self.masks)
         if mask_folder is not None and not os.path.isdir(mask_folder):
             raise ValueError(f"masks={self.masks!r} but there is no folder {mask_folder}")
-        names = image_names(self.root, without=mask_folder)
+        names, _ = image_names(self.root, without=mask_folder)
         table = self._table()
         used = set()
         for name in names:
@@ -90,24 +99,33 @@ class FolderSource:
         return LabelProblem(f"unknown class folder {folder!r}; nearest known: {nearest(folder, self.classes.names)!r}")
 
 
-def image_names(root: str, *, without: str | None = None) -> list[str]:
+def image_names(root: str, *, without: str | None = None) -> tuple[list[str], dict[str, int]]:
     """List the images in all sub-folders as sorted paths relative to `root`; hidden files and folders are none.
 
     Args:
         root: folder.
         without: a sub-folder to leave out (masks), or None.
 
+    Returns:
+        The paths, and how many pictures of other formats lie there, by suffix: they are not read, and a warning says so.
+
     Raises:
         ValueError: no image there.
     """
     skipped = None if without is None else os.path.realpath(without)
-    names = []
+    names, unread = [], Counter[str]()
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) != skipped]
         relative = os.path.relpath(folder, root)
-        for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
+        for name in (each for each in files if not each.startswith(".")):
+            if name.lower().endswith(IMAGE_EXTENSIONS):
                 names.append(os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/"))
+            elif (suffix := os.path.splitext(name)[1].lower()) in _UNREAD_EXTENSIONS:
+                unread[suffix] += 1
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
     if not names:
-        raise ValueError(f"no image in {root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders)")
-    return sorted(names)
+        also = f"; there are {shown}, to be converted" if unread else ""
+        raise ValueError(f"no image in {root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders{also})")
+    if unread:
+        logger.warning("%s: JPEG and PNG are read; left out are %s, convert them", root, shown)
+    return sorted(names), dict(sorted(unread.items()))

@@ -7,23 +7,28 @@
         for raw in part.read(entry.name, [row.row for row in rows]): ...
 
 Images are sorted by their path below the folder and cut into shards of a fixed number, so that the same folder always
-gives the same shards, and images added behind the last one leave the others as they are.
+gives the same shards, and images added behind the last one leave the others as they are. What cannot be used (a dangling
+link, a name that meets another in one key) is left out with its reason; a file that vanishes later breaks its shard alone.
 """
 
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from dfa.data.folder import image_names
 from dfa.data.labels import strip_image_extension
-from dfa.data.samples import sample_key
-from dfa.data.shards import RawSample, SampleRow, ShardEntry
-from dfa.data.transforms import image_size
+from dfa.data.samples import Reject, sample_key
+from dfa.data.shards import BrokenShardError, RawSample, SampleRow, ShardEntry
+from dfa.data.transforms import header
+
+logger = logging.getLogger(__name__)
 
 # No photograph is larger. What comes behind is not read, so that a file of any size cannot fill the memory.
 _MAX_FILE_BYTES = 512 * 2**20
@@ -41,6 +46,8 @@ class ImageListing:
         plan_hash: of all relative paths and sizes in bytes.
         names: relative paths of the images of each shard, in row order.
         max_pixels: larger images are listed with no size; decoding rejects them.
+        rejects: images that were left out, and why.
+        unread: pictures that are neither JPEG nor PNG, by suffix.
     """
 
     root: str
@@ -50,64 +57,81 @@ class ImageListing:
     plan_hash: str
     names: tuple[tuple[str, ...], ...]
     max_pixels: int
+    rejects: tuple[Reject, ...]
+    unread: Mapping[str, int]
 
     def only(self, shard: str) -> "ImageListing":
         """Return the listing of one shard alone, for the worker that reads it."""
         place = self._place(shard)
         entry = self.shards[place]
-        return replace(self, num_samples=entry.num_samples, shards=(entry,), names=(self.names[place],))
+        own = {"num_samples": entry.num_samples, "shards": (entry,), "names": (self.names[place],)}
+        return replace(self, **own, rejects=(), unread={})
+
+    def paths(self) -> dict[str, str]:
+        """Return key -> relative path of all images."""
+        return {_key(name): name for names in self.names for name in names}
 
     def samples(self, limit: int) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
         """Yield each shard with its rows; sizes come from the headers, one shard at a time.
 
-        A row whose header cannot be read, or names too many pixels, has width and height 0.
+        A row whose header cannot be read, or names too many pixels, has width and height 0. How many pictures a viewer
+        would turn is told as a warning.
 
         Args:
             limit: rows in all; 0 for no limit.
         """
-        left = limit or self.num_samples
+        left, num_turned = limit or self.num_samples, 0
         for entry, names in zip(self.shards, self.names, strict=True):
             if left <= 0:
-                return
-            yield entry, tuple(self._row(entry.name, row, name) for row, name in enumerate(names[:left]))
+                break
+            heads = [_head(os.path.join(self.root, name), self.max_pixels) for name in names[:left]]
+            num_turned += sum(turned for _, _, turned in heads)
+            yield (
+                entry,
+                tuple(
+                    SampleRow(_key(name), entry.name, row, (), width, height, has_mask=False)
+                    for row, (name, (width, height, _)) in enumerate(zip(names, heads, strict=False))
+                ),
+            )
             left -= len(names)
+        if num_turned:
+            logger.warning(
+                "%s: %d images carry an EXIF orientation; pixels and masks are used as stored, not as viewers turn them",
+                self.root,
+                num_turned,
+            )
 
     def read(self, shard: str, wanted: Collection[int]) -> Iterator[RawSample]:
         """Yield the files of the wanted rows of a shard, undecoded, in row order; labels are ().
 
         Raises:
-            ValueError: a row that the shard does not have, or a file that cannot be read.
+            ValueError: a row that the shard does not have.
+            BrokenShardError: a file that can no longer be read.
         """
         names = self.names[self._place(shard)]
         if wrong := [row for row in wanted if not 0 <= row < len(names)]:
             raise ValueError(f"{self.root}, {shard} has rows 0..{len(names) - 1}, wanted are {sorted(wrong)[:4]}")
         for row in sorted(set(wanted)):
             data = _read_bytes(os.path.join(self.root, names[row]))
-            width, height = _size_or_zero(io.BytesIO(data), self.max_pixels)
+            width, height, _ = _header_or_zero(io.BytesIO(data), self.max_pixels)
             yield RawSample(_key(names[row]), shard, row, data, (), width, height, None)
 
     def fingerprint(self, shard: str) -> str:
         """Return what `sha256` of the shard would be now: it differs where a file was changed since the listing.
 
         Raises:
-            ValueError: a file is gone.
+            BrokenShardError: a file is gone.
         """
-        return _fingerprint([_stat(self.root, name) for name in self.names[self._place(shard)]])
+        try:
+            return _fingerprint([_stat(self.root, name) for name in self.names[self._place(shard)]])
+        except OSError as error:
+            raise _unreadable(str(error.filename), error) from error
 
     def _place(self, shard: str) -> int:
         for place, entry in enumerate(self.shards):
             if entry.name == shard:
                 return place
         raise ValueError(f"the listing of {self.root} has no {shard!r}")
-
-    def _row(self, shard: str, row: int, name: str) -> SampleRow:
-        path = os.path.join(self.root, name)
-        try:
-            with open(path, "rb") as file:
-                width, height = _size_or_zero(file, self.max_pixels)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        return SampleRow(_key(name), shard, row, (), width, height, has_mask=False)
 
 
 @dataclass(frozen=True)
@@ -131,14 +155,16 @@ def list_images(
         max_pixels: largest width x height that will be decoded.
 
     Raises:
-        ValueError: no such folder, no image in it, an entry that is no plain file, or two images that meet in one key.
+        ValueError: no such folder, or no usable image in it.
     """
     if not os.path.isdir(root):
         raise ValueError(f"no folder of images {root}")
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
-    files = [_stat(root, name) for name in image_names(root)]
-    _check_keys(root, files)
+    names, unread = image_names(root)
+    files, rejects = _usable(root, names)
+    if not files:
+        raise ValueError(f"no usable image in {root}: {rejects[0].path}: {rejects[0].reason}")
     parts = [files[first : first + images_per_shard] for first in range(0, len(files), images_per_shard)]
     histogram = (0,) * len(class_names)
     return ImageListing(
@@ -154,26 +180,40 @@ def list_images(
         plan_hash=_digest([[file.name, file.size_bytes] for file in files]),
         names=tuple(tuple(file.name for file in part) for part in parts),
         max_pixels=max_pixels,
+        rejects=rejects,
+        unread=unread,
     )
+
+
+def _usable(root: str, names: list[str]) -> tuple[list[_File], tuple[Reject, ...]]:
+    """The files that can be read, each with a key of its own; the others with the reason."""
+    files, rejects, seen = list[_File](), list[Reject](), dict[str, str]()
+    for name in names:
+        try:
+            key = _key(name)
+        except UnicodeEncodeError:
+            rejects.append(Reject("", repr(name), "its name is no UTF-8 text; rename it"))
+            continue
+        try:
+            file = _stat(root, name)
+        except OSError as error:
+            rejects.append(Reject(key, name, f"cannot be read: {error.strerror}"))
+            continue
+        if (other := seen.setdefault(key, name)) != name:
+            rejects.append(Reject(key, name, f"has the key of {other!r}, {key!r}; rename one of them"))
+        else:
+            files.append(file)
+    return files, tuple(rejects)
 
 
 def _stat(root: str, name: str) -> _File:
     path = os.path.join(root, name)
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is no plain file")
+        raise OSError(errno.EINVAL, "no plain file", path)
+    if not os.access(path, os.R_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
     return _File(name, found.st_size, found.st_mtime_ns)
-
-
-def _check_keys(root: str, files: list[_File]) -> None:
-    seen: dict[str, str] = {}
-    for file in files:
-        other = seen.setdefault(key := _key(file.name), file.name)
-        if other != file.name:
-            raise ValueError(f"{root}: {other!r} and {file.name!r} meet in one key, {key!r}; rename one of them")
 
 
 def _key(name: str) -> str:
@@ -196,12 +236,20 @@ def _read_bytes(path: str) -> bytes:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str, error: OSError) -> ValueError:
-    return ValueError(f"{path} cannot be read: {error.strerror}")
+def _unreadable(path: str, error: OSError) -> BrokenShardError:
+    return BrokenShardError(f"{path} cannot be read: {error.strerror}; run again without it")
 
 
-def _size_or_zero(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+def _head(path: str, max_pixels: int) -> tuple[int, int, bool]:
     try:
-        return image_size(file, max_pixels=max_pixels)
+        with open(path, "rb") as file:
+            return _header_or_zero(file, max_pixels)
+    except OSError:  # gone since it was listed: the worker that shall read it says so
+        return 0, 0, False
+
+
+def _header_or_zero(file: BinaryIO, max_pixels: int) -> tuple[int, int, bool]:
+    try:
+        return header(file, max_pixels=max_pixels)
     except ValueError:
-        return 0, 0
+        return 0, 0, False

@@ -74,13 +74,24 @@ def orientation(data: bytes, *, max_pixels: int) -> int:
     return int(_open(io.BytesIO(data), max_pixels=max_pixels).getexif().get(_EXIF_ORIENTATION, 1) or 1)
 
 
-def image_size(file: BinaryIO, *, max_pixels: int) -> tuple[int, int]:
-    """Return (width, height) of a JPEG or PNG in the stored frame, from its header alone.
+def is_turned(image: Image.Image) -> bool:
+    """Tell whether viewers turn or mirror an opened picture by its EXIF orientation; it is not decoded for that."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # PIL would decode it to look behind its pixels, where writers put none
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
+    except _BROKEN:
+        return False
+
+
+def header(file: BinaryIO, *, max_pixels: int) -> tuple[int, int, bool]:
+    """Return (width, height, whether viewers turn it) of a JPEG or PNG, from its header alone; sizes in the stored frame.
 
     Raises:
         ValueError: another format, a broken header, more than `max_pixels`.
     """
-    return _open(file, max_pixels=max_pixels).size
+    image = _open(file, max_pixels=max_pixels)
+    return *image.size, is_turned(image)
 
 
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
@@ -107,6 +118,9 @@ def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
     image = _load(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.copy()  # the caller's stays as it is
+        del image.info["transparency"]  # PIL warns of what it means for a palette
     return np.array(image.convert("RGB"))
 
 

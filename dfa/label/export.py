@@ -34,9 +34,11 @@ from dfa.data.shards import (
 )
 from dfa.data.sources import coco_key, read_coco
 from dfa.data.transforms import UInt8Array, decode_mask
-from dfa.label.output import MASK_EXTENSION, Quality, UnwritableError
+from dfa.label.claim import UnwritableError
+from dfa.label.output import MASK_EXTENSION, Quality
 
 _ROWS_AT_ONCE = 4096
+_EXPORTED_NAME = "pngs.json"  # which PNGs were written where
 _OPTIONAL_SHARES = ("agreement_model", "agreement_seed_model")
 _SHARES = ("confidence", "void_share", "agreement_seed", *_OPTIONAL_SHARES)
 #: A member larger than this is no mask of a photograph: a hostile header must not make us allocate it.
@@ -153,26 +155,57 @@ def read_soft(png: bytes, num_classes_in_image: int) -> UInt8Array:
     return stacked.reshape(num_classes_in_image, -1, stacked.shape[1])
 
 
-def export_pngs(root: str, folder: str) -> int:
+def export_pngs(root: str, folder: str, names: Mapping[str, str] | None = None) -> int:
     """Write the masks of a finished folder of labels as FOLDER/KEY.png (VOC's palette); return their number.
 
-    A file that has these bytes already is left alone, so that an export that was killed continues where it was. Other
-    files in FOLDER are not touched.
+    A file that has these bytes already is left alone, so that an export that was killed continues where it was. Masks of
+    an earlier export that the labels no longer have are deleted (pngs.json in the folder of labels lists what was
+    written); other files in FOLDER are not touched.
+
+    Args:
+        root: the folder of labels.
+        folder: where the PNGs go.
+        names: key -> path inside FOLDER, such as "trip/a.png", of keys that shall not be named KEY.png.
 
     Raises:
         ValueError: no finished labels, damaged ones, or a folder that cannot be written.
     """
-    index, num_masks = read_label_index(root), 0
+    index, names = read_label_index(root), names or {}
+    wanted = {row.key: names.get(row.key, f"{row.key}.{MASK_EXTENSION}") for row in read_label_rows(root)}
     with _writing(folder):
-        storage.make_folder(folder)
-        there = set(storage.list_names(folder))
+        old, inside = _exported(root, folder), set(wanted.values())
+        _note_exported(root, folder, old | inside)  # first: what a killed export wrote is known
+        there = set[str]()
+        for prefix in sorted({name[: name.rfind("/") + 1] for name in inside} | {""}):
+            subfolder = storage.join(folder, prefix.rstrip("/")) if prefix else folder
+            storage.make_folder(subfolder)
+            there |= {prefix + name for name in storage.list_names(subfolder)}
         for _, sample in _samples(root, index):
-            name, data = f"{sample.key}.{MASK_EXTENSION}", sample.image
+            name, data = wanted[sample.key], sample.image
             address = storage.join(folder, name)
             if name not in there or storage.read_bytes(address) != data:
                 storage.write_atomic(address, lambda file, data=data: file.write(data))
-            num_masks += 1
-    return num_masks
+        for name in old - inside:
+            storage.remove(storage.join(folder, name))
+        _note_exported(root, folder, inside)
+    return len(wanted)
+
+
+def _exported(root: str, folder: str) -> set[str]:
+    """Names of the PNGs that an earlier export wrote into this folder."""
+    address = storage.join(root, _EXPORTED_NAME)
+    document = storage.read_json(address) if storage.exists(address) else {}
+    if document.get("folder") != folder:
+        return set()
+    wrong = [name for name in document["names"] if name.startswith("/") or ".." in name.split("/")]
+    if wrong:
+        raise ValueError(f"{address} names {wrong[0]!r}, which is not inside {folder}")
+    return set(document["names"])
+
+
+def _note_exported(root: str, folder: str, names: set[str]) -> None:
+    if names != _exported(root, folder):
+        storage.write_json(storage.join(root, _EXPORTED_NAME), {"folder": folder, "names": sorted(names)})
 
 
 def export_coco(

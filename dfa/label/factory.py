@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +22,12 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dfa.data.shards import BrokenShardError
-from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, has_changed
-from dfa.label.output import LabelItem, LabelReport, claim, commit, committed, finish, reopen, total_tally
+from dfa.label.claim import Claim
+from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, problem_of
+from dfa.label.output import LabelItem, LabelReport, commit, committed, finish, total_tally
 from dfa.label.scoring import LabelSettings
 from dfa.label.slots import Share, check_nodes, derive_slots, read_capacity, scorer_place
-from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, score_batch
+from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, keep_freed_memory, score_batch
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class LabelPass:
     output: folder of the label shards.
     hash: of all that decides the labels besides the images and `settings`: model, checkpoint, scales, ...
     limit: label the first images only; 0 for all.
+    origin: address of the images, where `output` must not be given to others; see `dfa.label.claim`.
     """
 
     name: str
@@ -52,6 +55,12 @@ class LabelPass:
     max_pixels: int
     size_class: SizeClass
     limit: int = 0
+    origin: str = ""
+
+    @property
+    def claim(self) -> Claim:
+        """What the folder shall hold."""
+        return Claim(self.output, self.images.class_names, _settings_hash(self), self.images.plan_hash, self.origin)
 
 
 @dataclass(frozen=True)
@@ -115,29 +124,28 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
     A shard that is missing, damaged or changed does not keep the others from being labelled; it is reported at the end.
 
     Raises:
-        ValueError: image shards that cannot be used, a folder of other content or that cannot be written, a checkpoint
-            that does not fit.
+        ValueError: image shards that cannot be used, a folder of other content, of another job or that cannot be written,
+            a checkpoint that does not fit.
         RuntimeError: a batch lost its workers again and again.
     """
     items, todo = {each.name: _items(each) for each in plan.passes}, dict[str, dict[str, LabelItem]]()
-    for each in plan.passes:
-        claim(each.output, class_names=each.images.class_names, hash=_settings_hash(each))
-        todo[each.name] = {
-            item.shard: item for item in items[each.name] if committed(each.output, item, each.settings) is None
-        }
-        if todo[each.name]:
-            reopen(each.output)
-    line = _Line(plan, todo)
-    if any(todo.values()):
-        line.run()
-    results = {}
-    for each in plan.passes:
-        images = each.images
-        report = finish(each.output, items[each.name], images.class_names, images.plan_hash, each.settings)
-        images_now = sum(item.num_rows for item in todo[each.name].values())
-        seconds, work_s = line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {})
-        results[each.name] = PassResult(report, images_now, seconds, work_s)
-    return results
+    with ExitStack() as folders:
+        for each in plan.passes:
+            folders.enter_context(each.claim.held())
+            missing = (item for item in items[each.name] if committed(each.output, item, each.settings) is None)
+            todo[each.name] = {item.shard: item for item in missing}
+            if todo[each.name]:
+                each.claim.reopen()
+        line = _Line(plan, todo)
+        if any(todo.values()):
+            line.run()
+        return {each.name: _result(each, items[each.name], line) for each in plan.passes}
+
+
+def _result(each: LabelPass, items: list[LabelItem], line: "_Line") -> PassResult:
+    report = finish(each.output, items, each.images.class_names, each.images.plan_hash, each.settings)
+    images_now = sum(item.num_rows for item in line.todo[each.name].values())
+    return PassResult(report, images_now, line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {}))
 
 
 def _settings_hash(label_pass: LabelPass) -> str:
@@ -295,7 +303,7 @@ class _Line:
 
     def _again(self, job: _Job, error: RayError) -> None:
         """A worker or node was lost: its piece is given out again, scored in the same batch, hence to the same bytes."""
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error)
         if job.attempt == _MAX_ATTEMPTS:
             keys = [row.key for row in job.batch.rows]
             raise RuntimeError(
@@ -317,7 +325,7 @@ class _Line:
 
     def _commit(self, shard: _OpenShard) -> None:
         item, name = shard.item, shard.label_pass.name
-        if problem := _problem(shard.part, item.image_sha256):
+        if problem := problem_of(shard.part, item.image_sha256):
             self._fail(shard, problem)
             return
         ordered = [shard.pieces[number] for number in range(shard.num_pieces)]
@@ -333,6 +341,7 @@ class _Line:
                 timings[kind] = timings.get(kind, 0.0) + seconds
                 total[kind] = total.get(kind, 0.0) + seconds
         timings = {f"{kind}_s": seconds for kind, seconds in timings.items()} | {"wall_s": now - shard.begin_s}
+        shard.label_pass.claim.check()
         commit(shard.label_pass.output, item, shard.label_pass.settings, records, rejects, tally, timings)
         shard.pieces.clear()
         self.seconds[name] = time.monotonic() - self.starts[name]
@@ -352,18 +361,15 @@ class _Line:
     def _tell(self) -> None:
         self.told = time.monotonic()
         rate = self.num_done / (self.told - self.begin)
-        left = (self.num_images - self.num_done) / rate if rate else float("inf")
-        logger.info(
-            "%d of %d images labelled, %.1f images/s, about %.0f s left", self.num_done, self.num_images, rate, left
-        )
+        left = f", {rate:.1f} images/s, about {(self.num_images - self.num_done) / rate:.0f} s left" if rate else ""
+        logger.info("%d of %d images labelled%s", self.num_done, self.num_images, left)
 
 
-def _problem(part: ImagePart, sha256: str) -> str | None:
-    """What is wrong with images that were read just now, None if they still are those of the index."""
-    try:
-        return None if part.fingerprint() == sha256 else has_changed(part.address)
-    except (OSError, ValueError) as error:
-        return f"{part.address} cannot be read: {error}"
+def _reason(error: RayError) -> str:
+    """What happened to a worker, in one line: the first of the innermost error that is not Ray's heading of it."""
+    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, RayError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith("ray::")]
+    return lines[0] if lines else type(cause).__name__
 
 
 @ray.remote
@@ -388,4 +394,5 @@ class _ScorerActor:
 @ray.remote(max_retries=3)
 def _finish_piece(piece: Piece) -> PieceLabels:
     torch.set_num_threads(1)
+    keep_freed_memory()
     return finish_piece(piece)

@@ -90,11 +90,19 @@ def has_changed(address: str) -> str:
     return f"{address} has changed since it was indexed; write the index again (jobs/shard)"
 
 
-@dataclass(frozen=True)
-class ShardImages:
-    """The image shards of an index."""
+def problem_of(part: ImagePart, sha256: str) -> str | None:
+    """What is wrong with images that were read just now, None if they still are those of the index."""
+    try:
+        return None if part.fingerprint() == sha256 else has_changed(part.address)
+    except (OSError, ValueError) as error:
+        return f"{part.address} cannot be read: {error}"
 
-    index: ShardIndex
+
+@dataclass(frozen=True)
+class _Indexed:
+    """What an index and a listing say of themselves alike."""
+
+    index: ShardIndex | ImageListing
 
     @property
     def root(self) -> str:
@@ -115,6 +123,13 @@ class ShardImages:
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
         return self.index.shards
+
+
+@dataclass(frozen=True)
+class ShardImages(_Indexed):
+    """The image shards of an index."""
+
+    index: ShardIndex
 
     def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
         return samples_by_shard(self.index, limit=limit)
@@ -142,36 +157,16 @@ class ListedPart:
 
 
 @dataclass(frozen=True)
-class ListedImages:
+class ListedImages(_Indexed):
     """The images of a folder."""
 
-    listing: ImageListing
-
-    @property
-    def root(self) -> str:
-        return self.listing.root
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.listing.class_names
-
-    @property
-    def num_samples(self) -> int:
-        return self.listing.num_samples
-
-    @property
-    def plan_hash(self) -> str:
-        return self.listing.plan_hash
-
-    @property
-    def shards(self) -> tuple[ShardEntry, ...]:
-        return self.listing.shards
+    index: ImageListing
 
     def samples(self, limit: int | None) -> Iterator[tuple[ShardEntry, tuple[SampleRow, ...]]]:
-        return self.listing.samples(limit or 0)
+        return self.index.samples(limit or 0)
 
     def part(self, entry: ShardEntry) -> ListedPart:
-        return ListedPart(self.listing.only(entry.name), entry.name)
+        return ListedPart(self.index.only(entry.name), entry.name)
 
 
 SizeClass = Callable[[int, int], object]

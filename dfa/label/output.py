@@ -1,6 +1,6 @@
 """Label shards on disk, joined by key with the image shards that they label. In one folder, in commit order:
 
-    plan.json                  which labels these are; a folder without it is never written into
+    plan.json                  which labels these are (`dfa.label.claim`); a folder without it is never written into
     shard-000000.tar           KEY.png (palette PNG, 0..C and 255) and KEY.json (labels, size, pixels by class, confidence);
                                where asked for KEY.soft.png (8-bit maps below each other, in the order of the JSON's
                                "classes") and KEY.confidence.png (8-bit); KEY.model.png, the model's own mask, where it
@@ -12,15 +12,18 @@
     index.json                 last; without it the folder is unfinished
 
 Shards have the names of the image shards, and their form with the mask in the image's place: `dfa.data.shards.read_shard`
-and any WebDataset reader take them. Outside timings/ no file holds a time or a path: the same work gives the same bytes.
+and any WebDataset reader take them. Outside timings/ no file holds a time, and none but plan.json of a prediction a path:
+the same work gives the same bytes.
 """
 
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -34,12 +37,13 @@ import torch
 from dfa.data import storage
 from dfa.data.offline import LABELS_KIND
 from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, SampleRow
-from dfa.data.writer import PLAN_NAME, add_member, marker_address, write_json
+from dfa.data.writer import add_member, marker_address, write_json
+from dfa.label.claim import UnwritableError
 from dfa.label.scoring import Agreement, LabelSettings, Tally
 
-PLAN_KIND = "dfa-label-plan"
 MASK_EXTENSION, SOFT_EXTENSION, CONFIDENCE_EXTENSION = "png", "soft.png", "confidence.png"
 TIMINGS_FOLDER = "timings"
+_OWN_NAME = re.compile(r"shard-\d+\.(tar|json)")
 _COUNTS = ("pixels_C", "argmax_CC", "mask_CC", "sweep_TCC")
 _SCHEMA = pyarrow.schema(
     [
@@ -57,10 +61,6 @@ _SCHEMA = pyarrow.schema(
         ("agreement_seed_model", pyarrow.float32()),
     ]
 )
-
-
-class UnwritableError(ValueError):
-    """The labels' folder cannot be written: full, read-only, or gone. What is committed stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -136,43 +136,6 @@ class LabelReport:
     tally: Tally
 
 
-def claim(root: str, *, class_names: Sequence[str], hash: str) -> None:
-    """Make `root` the folder of these labels. Older labels of other content there are replaced shard by shard.
-
-    Raises:
-        ValueError: the folder holds something else, or cannot be written.
-    """
-    try:
-        _claim(root, {"kind": PLAN_KIND, "format": FORMAT_VERSION, "class_names": list(class_names), "hash": hash})
-    except OSError as error:
-        raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
-
-
-def _claim(root: str, wanted: dict[str, Any]) -> None:
-    storage.make_folder(root)
-    address = storage.join(root, PLAN_NAME)
-    if storage.exists(address):
-        found = storage.read_json(address)
-        if found == wanted:
-            return
-        if not isinstance(found, dict) or found.get("kind") != PLAN_KIND:
-            raise ValueError(f"{address} is no plan of dfa labels; choose an empty or a new folder")
-        storage.remove(storage.join(root, INDEX_NAME))
-    elif names := [name for name in storage.list_names(root) if not name.endswith(storage.PARTIAL_SUFFIX)]:
-        raise ValueError(
-            f"{root} is not empty and holds no dfa labels ({', '.join(names[:4])}); choose an empty or a new folder"
-        )
-    write_json(address, wanted)
-
-
-def reopen(root: str) -> None:
-    """Take back that the folder is finished, before shards are added or done again."""
-    try:
-        storage.remove(storage.join(root, INDEX_NAME))
-    except OSError as error:
-        raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
-
-
 def committed(root: str, item: LabelItem, settings: LabelSettings) -> ShardReport | None:
     """The report of a label shard that is whole on disk, was made for this very item and has the maps that the settings ask
     for, else None."""
@@ -215,34 +178,11 @@ def commit(
     Raises:
         UnwritableError: full disk, no permission, a store that is gone.
     """
-    try:
-        _commit(root, item, settings, records, rejects, tally, timings)
-    except OSError as error:
-        address = storage.join(root, item.shard)
-        raise UnwritableError(
-            f"label shard {address} cannot be written: {error}; shards that were written before stay as they are, and the"
-            " same command goes on from them"
-        ) from error
-
-
-def _commit(
-    root: str,
-    item: LabelItem,
-    settings: LabelSettings,
-    records: Sequence[LabelRecord],
-    rejects: Sequence[LabelReject],
-    tally: Tally,
-    timings: Mapping[str, float],
-) -> None:
     address = storage.join(root, item.shard)
     ordered = sorted(records, key=lambda record: record.quality.row)
     data = io.BytesIO()
     _write_tar(data, ordered)
     content = data.getbuffer()
-    storage.write_atomic(address, lambda file: file.write(content))
-    folder = storage.join(root, TIMINGS_FOLDER)
-    storage.make_folder(folder)
-    write_json(marker_address(folder, item.shard), {name: round(value, 4) for name, value in timings.items()})
     report = ShardReport(
         shard=item.shard,
         num_samples=len(ordered),
@@ -260,7 +200,23 @@ def _commit(
     qualities = [asdict(record.quality) for record in ordered]
     columns = {name: [each[name] for each in qualities] for name in Quality.__dataclass_fields__}
     document |= {"rejects": [asdict(each) for each in rejects], "tally": _tally_to_plain(tally), "samples": columns}
-    write_json(marker_address(root, item.shard), document)
+    with _writing(
+        f"label shard {address}",
+        "shards that were written before stay as they are, and the same command goes on from them",
+    ):
+        storage.write_atomic(address, lambda file: file.write(content))
+        folder = storage.join(root, TIMINGS_FOLDER)
+        storage.make_folder(folder)
+        write_json(marker_address(folder, item.shard), {name: round(value, 4) for name, value in timings.items()})
+        write_json(marker_address(root, item.shard), document)
+
+
+@contextmanager
+def _writing(what: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(f"{what} cannot be written: {error}; {hint}") from error
 
 
 def _write_tar(file: BinaryIO, records: Sequence[LabelRecord]) -> None:
@@ -275,44 +231,76 @@ def finish(
 ) -> LabelReport:
     """Write samples.parquet and index.json from the commit markers alone, one marker at a time.
 
+    Shards of our own naming that the index does not list are deleted: those of other images, that were labelled here
+    before. Where all is as it should be nothing is written.
+
     Raises:
         ValueError: shards are missing, or the folder cannot be written.
     """
-    tally, rejects, shards = Tally.zero(settings), list[LabelReject](), list[dict[str, Any]]()
-    keep = ("num_samples", "size_bytes", "sha256", "image_sha256")
+    totals = _Totals(settings)
+    address = storage.join(root, INDEX_NAME)
+    if storage.exists(address):
+        for _ in _reports(root, items, settings, totals):
+            pass
+        found = storage.read_json(address)
+        if found == totals.index(class_names, image_plan_hash) and not _left_over(root, items):
+            return LabelReport(root, found["num_samples"], tuple(totals.rejects), totals.tally)
+        totals = _Totals(settings)
+    with _writing(f"{root}: the index of the labels", "the label shards stay, and the same command writes it"):
+        reports = _reports(root, items, settings, totals)
+        storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: _write_samples(file, reports))
+        for name in _left_over(root, items):
+            storage.remove(storage.join(root, name))
+        document = totals.index(class_names, image_plan_hash)
+        write_json(address, document)
+    return LabelReport(root, document["num_samples"], tuple(totals.rejects), totals.tally)
 
-    def reports() -> Iterator[ShardReport]:
-        nonlocal tally
-        for item in items:
-            report = committed(root, item, settings)
-            if report is None:
-                raise ValueError(f"{root}: label shard {item.shard} is not written")
-            tally = tally + report.tally
-            rejects.extend(report.rejects)
-            shards.append({"name": report.shard} | {name: getattr(report, name) for name in keep})
-            yield report
 
-    try:
-        storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: _write_samples(file, reports()))
-        for name in storage.list_names(root):
-            if name.endswith(storage.PARTIAL_SUFFIX):
-                storage.remove(storage.join(root, name))
-        document = {
+class _Totals:
+    """What the index says of all label shards together."""
+
+    def __init__(self, settings: LabelSettings) -> None:
+        self.tally, self.rejects, self.shards = Tally.zero(settings), list[LabelReject](), list[dict[str, Any]]()
+
+    def add(self, report: ShardReport) -> None:
+        keep = ("num_samples", "size_bytes", "sha256", "image_sha256")
+        self.tally = self.tally + report.tally
+        self.rejects.extend(report.rejects)
+        self.shards.append({"name": report.shard} | {name: getattr(report, name) for name in keep})
+
+    def index(self, class_names: Sequence[str], image_plan_hash: str) -> dict[str, Any]:
+        return {
             "kind": LABELS_KIND,
             "format": FORMAT_VERSION,
             "class_names": list(class_names),
             "image_plan_hash": image_plan_hash,
-            "num_samples": sum(shard["num_samples"] for shard in shards),
-            "num_rejects": len(rejects),
-            "reject_reasons": dict(sorted(Counter(reject.reason for reject in rejects).items())),
-            "pixels": tally.pixels_C.tolist(),
-            "void_pixels": tally.void_pixels,
-            "shards": shards,
+            "num_samples": sum(shard["num_samples"] for shard in self.shards),
+            "num_rejects": len(self.rejects),
+            "reject_reasons": dict(sorted(Counter(reject.reason for reject in self.rejects).items())),
+            "pixels": self.tally.pixels_C.tolist(),
+            "void_pixels": self.tally.void_pixels,
+            "shards": self.shards,
         }
-        write_json(storage.join(root, INDEX_NAME), document)
-    except OSError as error:
-        raise UnwritableError(f"{root}: the index of the labels cannot be written: {error}") from error
-    return LabelReport(root, document["num_samples"], tuple(rejects), tally)
+
+
+def _reports(root: str, items: Sequence[LabelItem], settings: LabelSettings, totals: _Totals) -> Iterator[ShardReport]:
+    for item in items:
+        report = committed(root, item, settings)
+        if report is None:
+            raise ValueError(f"{root}: label shard {item.shard} is not written")
+        totals.add(report)
+        yield report
+
+
+def _left_over(root: str, items: Sequence[LabelItem]) -> list[str]:
+    """Names of what killed attempts and other images left here; nothing that is not named as we name."""
+    wanted = {name for item in items for name in (item.shard, marker_address("", item.shard))}
+    there = storage.list_names(root)
+    found = [name for name in there if _OWN_NAME.fullmatch(name) or name.endswith(storage.PARTIAL_SUFFIX)]
+    if TIMINGS_FOLDER in there:
+        names = storage.list_names(storage.join(root, TIMINGS_FOLDER))
+        found += [f"{TIMINGS_FOLDER}/{name}" for name in names if _OWN_NAME.fullmatch(name)]
+    return [name for name in found if name.rsplit("/", 1)[-1] not in wanted]
 
 
 def _write_samples(file: BinaryIO, reports: Iterator[ShardReport]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node  # the public call knows sums over all nodes only
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _SCORER_CPUS = 0.25  # of a CPU slot; the CRF's tasks reserve the rest, so that one CPU is enough for both
@@ -82,12 +83,15 @@ def read_capacity(share: Share, *, settle: bool = False) -> Capacity:
     everything = Free(total.get("CPU", 0.0), total.get("GPU", 0.0))
     unused = Free(free.get("CPU", 0.0), free.get("GPU", 0.0))
     if share.crf_resource:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        crf_cpus = sum(node.get("CPU", 0.0) for node in nodes if share.crf_resource in node)
-        everything, unused = (
-            replace(each, cpus=max(0.0, each.cpus - crf_cpus), crf_cpus=crf_cpus) for each in (everything, unused)
-        )
+        marked, free_by_node = _nodes(share)[1], available_resources_per_node()
+        all_cpus = sum(node["Resources"].get("CPU", 0.0) for node in marked)
+        free_cpus = sum(free_by_node.get(node["NodeID"], {}).get("CPU", 0.0) for node in marked)
+        everything, unused = _apart(everything, all_cpus), _apart(unused, free_cpus)
     return Capacity(everything, unused)
+
+
+def _apart(cluster: Free, crf_cpus: float) -> Free:
+    return replace(cluster, cpus=max(0.0, cluster.cpus - crf_cpus), crf_cpus=crf_cpus)
 
 
 def _nodes(share: Share) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -140,6 +144,7 @@ def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slo
             f"{f' and a node with the resource {share.crf_resource!r}' if share.crf_resource else ''};"
             f" Ray has {free.cpus:g} CPUs and {free.gpus:g} GPUs free"
             f"{f', {free.crf_cpus:g} CPUs on such nodes' if share.crf_resource else ''}"
+            f"{'; without a GPU set train.use_gpu=false' if share.use_gpu else ''}"
         )
     slots = max(1, int(free.cpus))
     cpus = min(1.0, free.cpus / slots) if free.cpus >= 0.1 else 1.0

@@ -1,5 +1,8 @@
 """A trained model as one object: images in, masks and scores out."""
 
+import io
+import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfa.data.classes import voc_palette
-from dfa.data.transforms import UInt8Array, decode_rgb, rgb_pixels
-from dfa.label.crf import CrfSettings, dense_crf
+from dfa.data.classes import nearest, voc_palette
+from dfa.data.transforms import UInt8Array, decode_rgb, header, is_turned, rgb_pixels
+from dfa.label.crf import PRESETS, CrfSettings, dense_crf
 from dfa.label.scoring import FloatArray, model_scores
 from dfa.model.segmenter import Segmenter
+
+logger = logging.getLogger(__name__)
 
 ImageLike = str | os.PathLike[str] | Image.Image | UInt8Array
 _BATCH_PIXELS = 1_000_000  # of images that share a forward pass: with 21 classes 84 MB of logits
@@ -52,7 +57,7 @@ class Predictor:
         """
         self.class_names = tuple(class_names)
         self.palette = voc_palette()
-        self.scales, self.flip = tuple(scales), flip
+        self.scales, self.flip = _scales(scales), flip
         self.min_probability, self.max_pixels = min_probability, max_pixels
         self._segmenter = segmenter
 
@@ -60,7 +65,7 @@ class Predictor:
         self,
         image: ImageLike,
         *,
-        crf: CrfSettings | None = None,
+        crf: CrfSettings | str | None = None,
         scales: Sequence[float] | None = None,
         flip: bool | None = None,
     ) -> Prediction:
@@ -68,9 +73,10 @@ class Predictor:
 
         Args:
             image: path of a JPEG or PNG, a PIL image, or RGB pixels (H, W, 3) uint8. Pixels are taken as they are
-                stored: an EXIF orientation is not applied.
-            crf: refine with a dense CRF, e.g. `dfa.label.crf.PRESETS["deeplab"]`. The scores are then the CRF's, with 0
-                for classes that took no part.
+                stored, and the mask is of these: an EXIF orientation is not applied, a warning tells of one. To have it
+                applied, hand over `PIL.ImageOps.exif_transpose(PIL.Image.open(path))`.
+            crf: refine with a dense CRF: the name of a preset ("deeplab", "smooth", "wide"), or a
+                `dfa.label.crf.CrfSettings`. The scores are then the CRF's, with 0 for classes that took no part.
             scales, flip: factors of the image's size to average over, and whether mirrored copies join; None: what the
                 predictor was made with.
 
@@ -78,7 +84,8 @@ class Predictor:
             Mask and scores at the image's own size.
 
         Raises:
-            ValueError: neither of the three kinds, a file that does not decode, too many pixels.
+            ValueError: neither of the three kinds, a file that does not decode, too many pixels, an unknown preset,
+                scales that are no positive numbers.
             FileNotFoundError: no such file.
         """
         return self.predict_batch([image], crf=crf, scales=scales, flip=flip)[0]
@@ -87,35 +94,49 @@ class Predictor:
         self,
         images: Sequence[ImageLike],
         *,
-        crf: CrfSettings | None = None,
+        crf: CrfSettings | str | None = None,
         scales: Sequence[float] | None = None,
         flip: bool | None = None,
     ) -> list[Prediction]:
         """Segment several images, of any sizes; those of one size share forward passes. Arguments as in `predict`."""
-        pixels = [self._pixels(image) for image in images]
+        if isinstance(images, str | os.PathLike | Image.Image):
+            raise ValueError(
+                f"predict_batch takes a list of images, not one {type(images).__name__}; predict takes one"
+            )
+        settings, factors = _crf_settings(crf), self.scales if scales is None else _scales(scales)
+        opened = [self._pixels(image) for image in images]
+        pixels, num_turned = [image for image, _ in opened], sum(turned for _, turned in opened)
+        if num_turned:
+            logger.warning(
+                "%d of %d images carry an EXIF orientation, which is not applied; PIL.ImageOps.exif_transpose turns them",
+                num_turned,
+                len(pixels),
+            )
         found: dict[int, Prediction] = {}
         for places in _batches([(each.shape[0], each.shape[1]) for each in pixels]):
             batch_BHW3 = torch.from_numpy(np.stack([pixels[place] for place in places]))
             logits_BCHW = self._segmenter.logits(
                 batch_BHW3.permute(0, 3, 1, 2).to(self._segmenter.clip.device),
-                scales=self.scales if scales is None else tuple(scales),
+                scales=factors,
                 flip=self.flip if flip is None else flip,
             )
             for place, logits_CHW in zip(places, logits_BCHW, strict=True):
-                found[place] = self._prediction(pixels[place], logits_CHW, crf)
+                found[place] = self._prediction(pixels[place], logits_CHW, settings)
         return [found[place] for place in range(len(pixels))]
 
-    def _pixels(self, image: ImageLike) -> UInt8Array:
+    def _pixels(self, image: ImageLike) -> tuple[UInt8Array, bool]:
+        """Pixels, and whether viewers would turn them."""
         if isinstance(image, Image.Image):
-            return self._check(rgb_pixels(image, max_pixels=self.max_pixels))
+            return self._check(rgb_pixels(image, max_pixels=self.max_pixels)), is_turned(image)
         if isinstance(image, str | os.PathLike):
             with open(image, "rb") as file:
                 data = file.read()
             try:
-                return decode_rgb(data, max_pixels=self.max_pixels)
+                turned = header(io.BytesIO(data), max_pixels=self.max_pixels)[2]
+                return decode_rgb(data, max_pixels=self.max_pixels), turned
             except ValueError as error:
                 raise ValueError(f"{os.fspath(image)}: {error}") from error
-        return self._check(image)
+        return self._check(image), False
 
     def _check(self, image_HW3: UInt8Array) -> UInt8Array:
         """Pixels that came as they are."""
@@ -140,6 +161,27 @@ class Predictor:
             scores_CHW = np.zeros(tuple(logits_CHW.shape), np.float32)
             scores_CHW[list(chosen.class_ids)] = dense_crf(image_HW3, chosen.score_KHW, crf)
         return Prediction(scores_CHW.argmax(0).astype(np.uint8), scores_CHW)
+
+
+def _crf_settings(crf: CrfSettings | str | None) -> CrfSettings | None:
+    if crf is None or isinstance(crf, CrfSettings):
+        return crf
+    if isinstance(crf, str) and crf in PRESETS:
+        return PRESETS[crf]
+    near = f"; did you mean {nearest(crf, PRESETS)!r}?" if isinstance(crf, str) else ""
+    raise ValueError(f"crf is {crf!r}; allowed are None, {', '.join(map(repr, PRESETS))} and a CrfSettings{near}")
+
+
+def _scales(scales: Sequence[float]) -> tuple[float, ...]:
+    try:
+        factors = tuple(float(each) for each in scales)
+    except (TypeError, ValueError):
+        factors = ()
+    if not factors or not all(0 < each < math.inf for each in factors):
+        raise ValueError(
+            f"scales is {scales!r}; allowed is a list of factors above 0, such as (1.0,) or (1.0, 1.2, 1.5)"
+        )
+    return factors
 
 
 def _batches(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:

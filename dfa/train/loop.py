@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; silences a warning
     "RAY_DEDUP_LOGS": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # an error that ends the job is told once, not again by each task behind it
     "RAY_worker_niceness": "0",  # 15 by default: beside any other load the workers would starve while the driver waits
 }
 

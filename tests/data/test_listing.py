@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dfa.data.listing import list_images
+from dfa.data.shards import BrokenShardError
 from dfa.data.transforms import decode_rgb
 
 NAMES = ("cat", "dog")
@@ -165,13 +166,64 @@ def test_the_part_that_travels_is_small_and_reads_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("one", "two"), [("a.jpg", "a.png"), ("x/a.jpg", "x_a.jpg"), ("a b.png", "a.b.png")])
-def test_two_images_of_one_key_are_both_named(tmp_path, one, two):
+def test_of_two_images_with_one_key_the_second_is_left_out_and_both_are_named(tmp_path, one, two):
     for name in (one, two, "other.png"):
         save(tmp_path / name)
-    with pytest.raises(ValueError, match="meet in one key") as error:
+    found = listed(tmp_path)
+    assert set(found.paths().values()) == {one, "other.png"}
+    (reject,) = found.rejects
+    assert reject.path == two
+    assert reject.reason.startswith(f"has the key of {one!r}")
+
+
+def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "locked.png").chmod(0)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone")
+    (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes(b"")
+    found = listed(tmp_path)
+    reasons = {reject.path: reject.reason for reject in found.rejects}
+    expected = {
+        "link.png": "cannot be read: No such file or directory",
+        "locked.png": "cannot be read: Permission denied",
+        "pipe.png": "cannot be read: no plain file",
+        "'latin\\udce9.png'": "its name is no UTF-8 text; rename it",
+    }
+    if os.geteuid() == 0:  # may read all
+        del expected["locked.png"]
+    assert reasons == expected
+    assert found.num_samples == len(rows_of(found)) == 5 - len(expected)
+    for name in ("a.png", "locked.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"no usable image in .*: "):
         listed(tmp_path)
-    assert repr(one) in str(error.value)
-    assert repr(two) in str(error.value)
+
+
+def test_pictures_of_other_formats_are_counted_and_said(tmp_path, caplog):
+    for name in ("a.webp", "b.WEBP", "deep/c.gif", ".d.gif", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image in .*there are 1 \.gif, 2 \.webp, to be converted"):
+        listed(tmp_path)
+    save(tmp_path / "e.png")
+    assert listed(tmp_path).unread == {".gif": 1, ".webp": 2}
+    assert "left out are 1 .gif, 2 .webp" in caplog.text
+
+
+def test_pictures_that_viewers_turn_are_counted(tmp_path, caplog):
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[274], upright[274] = 6, 1
+    for name, options in {"a.jpg": {"exif": turned}, "b.png": {"exif": turned}, "c.jpg": {"exif": upright}}.items():
+        save(tmp_path / name, **options)
+    save(tmp_path / "d.jpg")
+    # A damaged EXIF block says nothing, and is no reason to refuse the picture.
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    place = data.index(b"Exif\0\0") + 6
+    data[place : place + 4] = b"damn"
+    (tmp_path / "e.jpg").write_bytes(data)
+    assert [(row.width, row.height) for row in rows_of(listed(tmp_path))] == [(20, 10)] * 5
+    assert "2 images carry an EXIF orientation" in caplog.text
 
 
 def test_folders_that_cannot_be_listed_are_refused(tmp_path):
@@ -182,13 +234,6 @@ def test_folders_that_cannot_be_listed_are_refused(tmp_path):
     save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="images_per_shard must be at least 1, got 0"):
         listed(tmp_path, images_per_shard=0)
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match=r"pipe\.png is no plain file"):
-        listed(tmp_path)
-    (tmp_path / "pipe.png").unlink()
-    (tmp_path / "link.png").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"link\.png cannot be read: No such file"):
-        listed(tmp_path)
 
 
 def test_rows_and_files_that_are_not_there_are_named(folder):
@@ -197,5 +242,6 @@ def test_rows_and_files_that_are_not_there_are_named(folder):
         next(found.read("shard-000002.tar", [4, 0, 1]))
     gone = Path(folder, found.names[0][1])
     gone.unlink()
-    with pytest.raises(ValueError, match=f"{gone} cannot be read: No such file"):
+    with pytest.raises(BrokenShardError, match=f"{gone} cannot be read: No such file"):
         list(found.read("shard-000000.tar", [0, 1]))
+    assert (rows_of(found)[1].width, len(rows_of(found))) == (0, 7)  # its shard fails alone, where it is read

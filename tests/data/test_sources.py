@@ -1,49 +1,24 @@
-"""Readers of data sets on disk; what they reject and why."""
+"""Readers of data sets on disk, and of the VOC form; what they reject and why."""
 
-import contextlib
-import io
 import json
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from dfa.data.labels import labels_in_mask
 from dfa.data.sources import (
-    ClassSet,
-    CocoSource,
     FolderSource,
     MaskFile,
-    MaskSegments,
     Reject,
     Sample,
     VocSource,
     mask_array,
     sample_key,
 )
-
-CONF = Path(__file__).parents[2] / "conf"
-CLASSES = ClassSet.from_mapping(
-    {
-        "names": ["cat", "dog", "hot dog"],
-        "background": ["sky"],
-        "templates": ["a {}."],
-        "prompts": {"cat": ["cat", "kitty"]},
-    }
-)
-
-
-def conf_classes(name):
-    return ClassSet.from_mapping(yaml.safe_load((CONF / f"classes_{name}.yaml").read_text()))
-
-
-def save_image(path, size=(20, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (10, 200, 30)).save(path)
+from tests.data.toy_sources import CLASSES, conf_classes, save_image
 
 
 def annotation(*names, difficult=()):
@@ -69,59 +44,6 @@ def voc(tmp_path):
     (folder / "Annotations" / "b.xml").write_text(annotation("hot dog", "cat", difficult=("cat",)))
     (folder / "Annotations" / "c.xml").write_text(annotation("cat"))
     return folder
-
-
-# Class lists
-
-
-def test_the_class_lists_are_those_of_the_field():
-    voc, coco = conf_classes("voc"), conf_classes("coco")
-    assert (len(voc.names), len(voc.background), len(coco.names), len(coco.background)) == (20, 25, 80, 23)
-    assert voc.names == tuple(sorted(voc.names)) and voc.index("tvmonitor") == 20
-    assert coco.index("toothbrush") == 80 and coco.index("stop sign") == 12
-    assert set(voc.background) - set(coco.background) == {"keyboard", "sign"}
-    assert voc.prompts[14] == ("person with clothes,people,human",)
-    assert voc.prompts[0] == ("aeroplane",)
-    assert coco.prompts[coco.index("hair drier") - 1] == ("hairdrier,blowdrier",)
-    assert voc.templates == coco.templates == ("a clean origami {}.",)
-
-
-def test_an_unknown_class_names_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown class 'aroplane'; nearest known: 'aeroplane'"):
-        conf_classes("voc").index("aroplane")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"names": ["cat", "Cat"]}, "lists 'Cat' twice"),
-        ({"names": ["background", "cat"]}, "foreground classes only"),
-        ({"names": []}, "1 to 254 names, got 0"),
-        ({"background": ["cat"]}, r"\['cat'\] are class texts and background prompts"),
-        ({"templates": ["a photo"]}, "exactly one {}"),
-        ({"prompts": {"cta": ["x"]}}, "class 'cta'; nearest in names: 'cat'"),
-        ({"prompts": {"cat": []}}, "class 'cat' has no prompt"),
-        ({"promts": {}}, "key 'promts'.*nearest: 'prompts'"),
-    ],
-)
-def test_a_broken_class_list_is_an_error(change, message):
-    with pytest.raises(ValueError, match=message):
-        ClassSet.from_mapping({"names": ["cat", "dog"], "templates": ["a {}."], **change})
-
-
-def test_the_palette_is_pascal_voc():
-    palette = CLASSES.palette()
-    for index in range(256):  # the devkit's bit loop
-        color, rest = [0, 0, 0], index
-        for shift in range(7, -1, -1):
-            for channel in range(3):
-                color[channel] |= ((rest >> channel) & 1) << shift
-            rest >>= 3
-        assert palette[index].tolist() == color
-    assert palette[15].tolist() == [192, 128, 128] and palette[255].tolist() == [224, 224, 192]
-
-
-# VOC
 
 
 @pytest.mark.parametrize("up", [0, 1, 2])
@@ -238,9 +160,6 @@ def test_voc_folders_that_are_not_there_are_named(voc, tmp_path):
         list(VocSource(str(voc), "train", CLASSES))
 
 
-# Masks
-
-
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -254,106 +173,6 @@ def test_masks_that_are_no_class_indices_are_named(tmp_path, image, message):
     with pytest.raises(ValueError, match=message) as error:
         mask_array(Sample("m", "", (1,), MaskFile(str(tmp_path / "m.png"))), num_classes=3)
     assert str(tmp_path / "m.png") in str(error.value)
-
-
-# COCO
-
-
-def coco_document(annotations, categories=((7, "dog"), (2, "cat"), (90, "hot dog"))):
-    return {
-        "images": [
-            {"id": 5, "file_name": "b.jpg", "width": 20, "height": 10},
-            {"id": 3, "file_name": "a.jpg", "width": 20, "height": 10},
-        ],
-        "annotations": [{"iscrowd": 0, **a, "id": number} for number, a in enumerate(annotations)],
-        "categories": [{"id": i, "name": n} for i, n in categories],
-    }
-
-
-def box(image_id, category_id, x0, y0, x1, y1, **more):
-    polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
-    return {"image_id": image_id, "category_id": category_id, "segmentation": [polygon], **more}
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """Write a COCO file; returns (make source, image folder)."""
-    for name in ("a", "b"):
-        save_image(tmp_path / "images" / f"{name}.jpg")
-
-    def make(annotations, **options):
-        file = tmp_path / "instances.json"
-        file.write_text(json.dumps(coco_document(annotations)))
-        return CocoSource(str(tmp_path / "images"), str(file), CLASSES, **options)
-
-    return make
-
-
-def test_coco_ids_become_contiguous_in_ascending_order(coco):
-    samples = list(coco([box(3, 90, 0, 0, 5, 5), box(3, 2, 0, 0, 2, 2), box(5, 7, 0, 0, 5, 5)]))
-    assert [(s.key, s.labels, s.mask) for s in samples] == [("a", (1, 3), None), ("b", (2,), None)]
-
-
-def test_small_objects_are_painted_over_large_ones(coco):
-    annotations = [box(3, 2, 4, 4, 8, 8), box(3, 7, 0, 0, 20, 10), box(5, 7, 0, 0, 4, 4)]
-    sample = next(iter(coco(annotations, masks=True)))
-    mask = mask_array(pickle.loads(pickle.dumps(sample)), num_classes=3)
-    expected = np.full((10, 20), 2, np.uint8)
-    expected[4:8, 4:8] = 1
-    np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.parametrize(("crowd", "value", "labels"), [("class", 1, (1, 2)), ("void", 255, (2,)), ("drop", 0, (2,))])
-def test_crowd_regions_are_painted_as_configured_and_below_objects(coco, crowd, value, labels):
-    run_lengths = {"size": [10, 20], "counts": [0, 100, 100]}  # the left half, column by column
-    crowded = {"image_id": 3, "category_id": 2, "segmentation": run_lengths, "iscrowd": 1}
-    sample = next(iter(coco([box(3, 7, 5, 0, 20, 10), crowded], masks=True, crowd=crowd)))
-    mask = mask_array(sample, num_classes=3)
-    assert sample.labels == labels
-    assert (mask[:, :5] == value).all() and (mask[:, 5:] == 2).all()
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "reason"),
-    [
-        ({"size": [10, 21], "counts": [0, 210]}, "size"),
-        ({"size": [10, 20], "counts": [0, 999]}, "sum to 999, the image has 200"),
-        ([[1, 2, 3, 4]], "fewer than three points"),
-        (None, "cannot be painted"),
-    ],
-)
-def test_annotations_that_cannot_be_painted_reject_the_image_only(coco, segmentation, reason):
-    broken = {"image_id": 3, "category_id": 2, "segmentation": segmentation}
-    first, second = coco([broken, box(5, 7, 0, 0, 4, 4)], masks=True)
-    assert isinstance(first, Reject) and reason in first.reason
-    assert isinstance(second, Sample)
-
-
-def test_coco_images_without_objects_or_with_unknown_categories_are_rejected(coco):
-    first, second = coco([box(3, 8, 0, 0, 4, 4)])
-    assert "category ids [8]" in first.reason and second.reason == "no image-level label"
-
-
-def test_a_coco_file_of_other_classes_is_an_error(coco):
-    source = coco([])
-    document = coco_document([], categories=((1, "cat"), (2, "hot dog"), (3, "dog")))
-    Path(source.annotations).write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="category id 2 is 'hot dog', class 2 of the list is 'dog'"):
-        list(source)
-    Path(source.annotations).write_text("[]")
-    with pytest.raises(ValueError, match="no COCO instances file"):
-        list(source)
-
-
-def test_coco_file_names_cannot_leave_the_folder(coco):
-    source = coco([])
-    document = coco_document([])
-    document["images"][0]["file_name"] = "../secret.jpg"
-    Path(source.annotations).write_text(json.dumps(document))
-    assert "leaves the image folder" in next(iter(source)).reason
-
-
-# Folders
 
 
 def test_an_empty_folder_is_an_error_that_names_folder_and_extensions(tmp_path):
@@ -421,9 +240,6 @@ def test_keys_are_safe_member_names():
         sample_key("")
 
 
-# Real data
-
-
 def test_real_voc_labels_agree_with_the_masks(sample_data):
     classes = conf_classes("voc")
     root, file = str(sample_data / "voc_mini"), str(sample_data / "voc_mini" / "image_labels.txt")
@@ -437,38 +253,3 @@ def test_real_voc_labels_agree_with_the_masks(sample_data):
         assert sum(m == s.labels for m, s in zip(painted, samples, strict=True)) > 0.85 * number
     with pytest.raises(ValueError, match="no Annotations"):
         list(VocSource(root, "train", classes))
-
-
-def test_real_coco_masks_equal_those_of_pycocotools(sample_data):
-    from pycocotools.coco import COCO
-
-    classes, root = conf_classes("coco"), sample_data / "coco_mini"
-    path = str(root / "annotations" / "instances_train2014.json")
-    with contextlib.redirect_stdout(io.StringIO()):
-        api = COCO(path)
-    ids = {identity: index for index, identity in enumerate(sorted(api.getCatIds()), start=1)}
-    by_file = {image["file_name"]: image["id"] for image in api.dataset["images"]}
-    samples = [s for s in CocoSource(str(root / "train2014"), path, classes, masks=True) if isinstance(s, Sample)]
-    assert len(samples) > 30
-    for sample in samples:
-        annotations = api.loadAnns(api.getAnnIds(by_file[Path(sample.image).name]))
-        assert sample.labels == tuple(sorted({ids[a["category_id"]] for a in annotations}))
-        regions = [(a["iscrowd"], api.annToMask(a), ids[a["category_id"]], a["id"]) for a in annotations]
-        expected = np.zeros_like(regions[0][1])
-        for _, region, index, _ in sorted(regions, key=lambda r: (-r[0], -int(r[1].sum()), r[3])):
-            expected[region == 1] = index
-        assert isinstance(sample.mask, MaskSegments)
-        np.testing.assert_array_equal(mask_array(sample, num_classes=80), expected)
-
-
-@pytest.mark.parametrize("split", ["train2014", "val2014"])
-def test_real_coco_label_files_agree_with_the_annotations(sample_data, split):
-    root, classes = sample_data / "coco_mini", conf_classes("coco")
-    places = (str(root / split), str(root / "annotations" / f"instances_{split}.json"), classes)
-    from_json = {s.key: s for s in CocoSource(*places)}
-    label_file = str(root / f"{split}_image_labels.txt")
-    from_file = {s.key: s for s in CocoSource(*places, label_file=label_file, label_kind="index_from_0")}
-    # The file leaves out what is tiny; both must name the same classes otherwise, which a shift by one would not.
-    pairs = [(from_file[key].labels, from_json[key].labels) for key in from_json if isinstance(from_json[key], Sample)]
-    assert all(set(short) <= set(full) for short, full in pairs)
-    assert sum(short == full for short, full in pairs) > 0.85 * len(pairs)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import json
+import shutil
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -102,6 +103,49 @@ def test_pngs_that_are_there_are_not_written_again_and_damaged_ones_are(root, tm
     after = {file.name: file.stat().st_ino for file in folder.iterdir()}
     assert (folder / "b.png").read_bytes() == whole and (folder / "own.txt").read_text() == "mine"
     assert {name for name in after if after[name] != before.get(name)} == {"a.png", "b.png"}
+
+
+def test_masks_that_the_labels_no_longer_have_are_deleted_and_foreign_pngs_are_not(tmp_path):
+    def labels(*keys):
+        root = tmp_path / "labels"
+        for path in root.glob("shard-*") if root.exists() else ():
+            path.unlink()
+        noted = (root / "pngs.json").read_bytes() if root.exists() else None
+        shutil.rmtree(root, ignore_errors=True)
+        write_labels(root, [[Label(key, random_mask(4, 5), (1,), row=row) for row, key in enumerate(keys)]])
+        if noted:
+            (root / "pngs.json").write_bytes(noted)
+        return str(root)
+
+    folder = tmp_path / "pngs"
+    export_pngs(labels("a", "b"), str(folder))
+    (folder / "truth.png").write_bytes((folder / "a.png").read_bytes())
+    export_pngs(labels("b", "c"), str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["b.png", "c.png", "truth.png"]
+    # Another folder has its own files, whatever they are called.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/b.png").write_bytes(b"mine")
+    export_pngs(labels("c"), str(tmp_path / "other"))
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["b.png", "c.png"]
+
+
+def test_pngs_may_lie_in_subfolders_and_a_finished_export_writes_nothing(root, tmp_path):
+    folder, names = tmp_path / "pngs", {"a": "trip/day 1/a.png", "b": "trip/b.png"}
+    assert export_pngs(root, str(folder), names) == len(LABELS)
+    made = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    assert made == {names.get(key, f"{key}.png") for key in LABELS}
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / names["a"])), LABELS["a"].mask_HW)
+
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in [*tmp_path.rglob("*"), tmp_path]}
+
+    before = state()
+    export_pngs(root, str(folder), names)
+    assert state() == before
+    noted = json.loads(Path(root, "pngs.json").read_text())
+    Path(root, "pngs.json").write_text(json.dumps({**noted, "names": ["../own.png"]}))
+    with pytest.raises(ValueError, match=r"pngs\.json names '\.\./own\.png', which is not inside"):
+        export_pngs(root, str(folder), names)
 
 
 def test_coco_gives_back_every_mask_exactly(root, tmp_path):

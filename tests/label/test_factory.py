@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,13 +23,16 @@ import webdataset
 from PIL import Image
 
 from dfa.data import storage
+from dfa.data.listing import list_images
 from dfa.data.shards import load_index, read_shard
 from dfa.data.transforms import decode_mask
 from dfa.label import factory
+from dfa.label.images import ListedImages
 from dfa.label.scoring import label_image
 from dfa.label.slots import Share
 from tests.data.object_store import DisturbedWay, address, object_store
 from tests.label.colours import (
+    CLASSES,
     SETTINGS,
     colour_pass,
     colour_plan,
@@ -36,6 +41,8 @@ from tests.label.colours import (
     make_scorers,
     write_images,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -170,6 +177,19 @@ def test_changed_cut_and_missing_image_shards_are_named_and_the_others_are_label
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_picture_that_vanishes_costs_its_shard_alone(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (16, 12), (40 * number, 9, 200)).save(tmp_path / f"{number}.png")
+    listing = list_images(str(tmp_path), class_names=CLASSES, images_per_shard=2, max_pixels=10**6)
+    part = replace(colour_pass(load_index, tmp_path / "labels"), images=ListedImages(listing))
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 shards have no labels, the others are done: .*3\.png cannot be read"):
+        factory.run(colour_plan(part))
+    made = sorted(path.name for path in (tmp_path / "labels").glob("shard-*.tar"))
+    assert made == ["shard-000000.tar", "shard-000002.tar"]
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_scorer_that_cannot_be_made_ends_the_job_with_its_own_words(shards, tmp_path):
     def make():
         raise ValueError("the checkpoint has other classes")
@@ -177,6 +197,21 @@ def test_a_scorer_that_cannot_be_made_ends_the_job_with_its_own_words(shards, tm
     plan = colour_plan(colour_pass(shards, tmp_path / "new"), make=make)
     with pytest.raises(ValueError, match=r"^the checkpoint has other classes$"):
         factory.run(plan)
+
+
+def test_an_error_of_the_input_is_told_once_and_not_again_by_each_task_behind_it(shards, tmp_path):
+    code = (
+        "import gc, time; from tests.label.test_factory import *; from dfa.train.loop import start_ray\n"
+        "def make(): raise ValueError('the checkpoint has other classes')\n"
+        "start_ray(num_cpus=1)\n"
+        f"each = colour_pass(load_index({shards.root!r}), {str(tmp_path / 'new')!r})\n"
+        "try: factory.run(colour_plan(each, make=make, batch_images=1, crf_images=1))\n"
+        "except ValueError as error: print(error)\n"
+        "gc.collect(); time.sleep(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "the checkpoint has other classes\n"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -259,7 +294,7 @@ def _kill_once(title: str, killed: list[int]) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("title", ["ray::_ScorerActor.score", "ray::_finish_piece"])
-def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path):
+def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path, caplog):
     index = write_images(tmp_path, sizes=[(200, 160), (160, 200)] * 12, samples_per_shard=8)
     factory.run(colour_plan(colour_pass(index, tmp_path / "whole"), make=_slow_scorers))
     killed: list[int] = []
@@ -268,6 +303,9 @@ def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path):
     result = factory.run(colour_plan(colour_pass(index, tmp_path / "killed"), make=_slow_scorers))["colours"]
     killer.join()
     assert killed
+    told = [record.getMessage() for record in caplog.records if "is done again after" in record.getMessage()]
+    assert told
+    assert not [line for line in told if "ray::" in line]
     assert result.report.num_samples == 24
     assert label_bytes(tmp_path / "killed") == label_bytes(tmp_path / "whole")
 

@@ -51,7 +51,7 @@ def test_nodes_that_join_or_leave_change_what_is_counted_with():
     ("free", "share", "message"),
     [
         (Free(0.05, 0), Share(), r"0\.05 CPUs"),
-        (Free(4, 0), Share(use_gpu=True), "0 GPUs"),
+        (Free(4, 0), Share(use_gpu=True), r"0 GPUs free; without a GPU set train\.use_gpu=false"),
         (Free(4, 0, crf_cpus=0), Share(crf_resource="crf"), "resource 'crf'"),
         (Free(2, 0), Share(num_scorers=2, scorer_cpus=1.0), "do not fit on the 2 CPUs"),
         (Free(2, 0), Share(crf_cpus=2.0), "do not fit on the 2 CPUs"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydensecrf.densecrf import DenseCRF2D
 
 import dfa
@@ -88,7 +88,7 @@ def test_the_predictors_own_scales_and_flip_hold_where_none_are_given(config, mo
     assert (usual.predict(image, scales=[1.0], flip=False).scores == model.predict(image).scores).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 200), (300, 2), (7, 5), (61, 77)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (300, 2), (7, 5), (61, 77), (1500, 10)])
 @pytest.mark.parametrize("crf", [None, PRESETS["deeplab"]])
 def test_any_size_gives_probabilities_at_its_own_size(model, size, crf):
     mask_HW, scores_CHW = model.predict(picture(*size), crf=crf, scales=(1.0, 1.5))
@@ -120,12 +120,48 @@ def test_a_path_a_picture_and_its_pixels_are_one_image(model, tmp_path, mode, ex
         assert (model.predict(image).scores == expected).all()
 
 
-def test_pixels_are_taken_as_they_are_stored(model, tmp_path):
+def test_pixels_are_taken_as_they_are_stored_and_a_warning_counts_what_viewers_turn(model, tmp_path, caplog):
     exif = Image.Exif()
     exif[274] = 6
-    Image.fromarray(picture(30, 50)).save(tmp_path / "turned.jpg", exif=exif)
-    assert model.predict(tmp_path / "turned.jpg").mask.shape == (30, 50)
-    assert model.predict(Image.open(tmp_path / "turned.jpg")).mask.shape == (30, 50)
+    path = tmp_path / "turned.jpg"
+    Image.fromarray(picture(30, 50)).save(path, exif=exif)
+    found = model.predict_batch([path, Image.open(path), picture(30, 50)])
+    assert [each.mask.shape for each in found] == [(30, 50)] * 3
+    assert "2 of 3 images carry an EXIF orientation" in caplog.text
+    caplog.clear()
+    assert model.predict(ImageOps.exif_transpose(Image.open(path))).mask.shape == (50, 30)
+    assert not caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_without_a_word(model, tmp_path):
+    picture_of_four = Image.fromarray(picture()).quantize(4)
+    picture_of_four.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255, 7]))
+    expected = model.predict(np.array(picture_of_four.convert("RGB"))).scores
+    assert (model.predict(tmp_path / "palette.png").scores == expected).all()
+
+
+def test_a_preset_may_be_given_by_its_name(model):
+    image = picture(40, 30)
+    assert (model.predict(image, crf="smooth").scores == model.predict(image, crf=PRESETS["smooth"]).scores).all()
+    with pytest.raises(ValueError, match=r"crf is 'deplab'; allowed are None, 'deeplab', .*did you mean 'deeplab'"):
+        model.predict(image, crf="deplab")
+    with pytest.raises(ValueError, match=r"crf is True; allowed are None, 'deeplab'"):
+        model.predict(image, crf=True)
+
+
+@pytest.mark.parametrize("scales", [1.0, (), "1.0", (0.0,), (1.0, -1.0), (float("nan"),), ("large",)])
+def test_scales_that_are_no_list_of_factors_are_refused(config, model, scales):
+    with pytest.raises(ValueError, match=r"scales is .*allowed is a list of factors above 0, such as \(1\.0,\)"):
+        model.predict(picture(20, 20), scales=scales)
+    with pytest.raises(ValueError, match="scales is"):
+        dfa.load(config.run, scales=scales)
+
+
+def test_one_image_is_no_batch(model, tmp_path):
+    for image in (str(tmp_path / "a.jpg"), tmp_path / "a.jpg", Image.new("RGB", (4, 4))):
+        with pytest.raises(ValueError, match="predict_batch takes a list of images"):
+            model.predict_batch(image)
 
 
 def test_a_batch_is_each_image_by_itself(model, monkeypatch):
@@ -298,8 +334,13 @@ def test_the_input_is_a_folder_of_images_or_of_shards_of_the_same_classes(config
     with pytest.raises(ValueError, match=r"predict\.input is empty"):
         build.prediction_input(job, CLASSES)
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    job.predict.input = f"{tmp_path}/"
-    assert build.prediction_input(job, CLASSES).class_names == CLASSES
+    for way in (f"{tmp_path}/", f"file://{tmp_path}"):
+        job.predict.input = way
+        assert build.prediction_input(job, CLASSES).class_names == CLASSES
+    job.predict.input = "memory://no/shards"
+    with pytest.raises(ValueError, match=r"images at a remote address are read from shards"):
+        build.prediction_input(job, CLASSES)
+    job.predict.input = str(tmp_path)
     index = {"kind": "dfa-shards", "format": 1, "class_names": ["cat"], "num_samples": 0, "num_rejects": 0}
     (tmp_path / "index.json").write_text(json.dumps({**index, "shards": [], "plan_hash": ""}))
     assert build.prediction_input(job, ("cat",)).num_samples == 0
@@ -310,6 +351,12 @@ def test_the_input_is_a_folder_of_images_or_of_shards_of_the_same_classes(config
 def test_the_output_is_named_for_the_input_and_lies_outside_of_it(tmp_path):
     job = load("demo", ["run=runs/mine", f"predict.input={tmp_path}/photos/"])
     assert build.prediction_output(job) == "runs/mine/predict/photos"
+    for way in (f"file://{tmp_path}/photos", f"{tmp_path}/other/../photos"):
+        job.predict.input = way
+        assert build.prediction_output(job) == "runs/mine/predict/photos"
+    job.predict.input = "s3://bucket/all/photos/?endpoint_override=127.0.0.1:9000&scheme=http"
+    assert build.prediction_output(job) == "runs/mine/predict/photos"
+    job.predict.input = f"{tmp_path}/photos"
     job.predict.output = str(tmp_path / "masks")
     assert build.prediction_output(job) == str(tmp_path / "masks")
     job.predict.output = os.path.join(tmp_path, "photos", "masks")

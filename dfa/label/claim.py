@@ -1,0 +1,127 @@
+"""Whose a folder of labels is: what it holds, and which job writes it now.
+
+plan.json says which labels of which images these are. While a job writes, it holds a lock of the operating system on the
+folder, which ends with the job however that ends. Where there are no such locks (object stores, some network folders) two
+jobs may meet: of the same labels they do the same work twice, to the same bytes (at worst one of them stops with an error
+that starting it again mends); of others, the job that came first stops at its next shard, because plan.json no longer is
+its own.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dfa.data import storage
+from dfa.data.shards import FORMAT_VERSION, INDEX_NAME
+from dfa.data.writer import PLAN_NAME, write_json
+
+PLAN_KIND = "dfa-label-plan"
+_BUSY = (errno.EAGAIN, errno.EACCES)
+
+logger = logging.getLogger(__name__)
+
+
+class UnwritableError(ValueError):
+    """The labels' folder cannot be written: full, read-only, or gone. What is committed stays as it is."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The labels that a folder shall hold.
+
+    hash: of all that decides the labels besides the images. image_plan_hash: of the images' sharding.
+    origin: address of the images, where the folder is to be theirs alone; "": other images may take it over.
+    """
+
+    root: str
+    class_names: Sequence[str]
+    hash: str
+    image_plan_hash: str
+    origin: str = ""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder that of these labels, and keep other jobs out. Older labels of other content there are replaced
+        shard by shard.
+
+        Raises:
+            ValueError: another job is writing here, the folder holds something else, or cannot be written.
+        """
+        with _writable(self.root):
+            storage.make_folder(self.root)
+        with _locked(self.root):
+            with _writable(self.root):
+                self._take()
+            yield
+
+    def check(self) -> None:
+        """Raise a ValueError where another job has taken the folder over."""
+        if storage.read_json(storage.join(self.root, PLAN_NAME)) != self._plan():
+            raise ValueError(
+                f"another job labels into {self.root}, with another model, other settings or other images, and has taken"
+                " it over; give one of them another folder"
+            )
+
+    def reopen(self) -> None:
+        """Take back that the folder is finished, before shards are added or done again."""
+        with _writable(self.root):
+            storage.remove(storage.join(self.root, INDEX_NAME))
+
+    def _plan(self) -> dict[str, Any]:
+        plan = {"kind": PLAN_KIND, "format": FORMAT_VERSION, "class_names": list(self.class_names)}
+        plan |= {"hash": self.hash, "image_plan_hash": self.image_plan_hash}
+        return plan | ({"origin": self.origin} if self.origin else {})
+
+    def _take(self) -> None:
+        root, wanted, address = self.root, self._plan(), storage.join(self.root, PLAN_NAME)
+        if storage.exists(address):
+            found = storage.read_json(address)
+            if found == wanted:
+                return
+            if not isinstance(found, dict) or found.get("kind") != PLAN_KIND:
+                raise ValueError(f"{address} is no plan of dfa labels; choose an empty or a new folder")
+            if self.origin and found.get("origin", self.origin) != self.origin:
+                raise ValueError(
+                    f"{root} holds the masks of {found['origin']}, not of {self.origin}; choose another folder (of"
+                    " jobs.predict: predict.output), or delete this one"
+                )
+            self.reopen()
+        elif names := [name for name in storage.list_names(root) if not name.endswith(storage.PARTIAL_SUFFIX)]:
+            raise ValueError(
+                f"{root} is not empty and holds no dfa labels ({', '.join(names[:4])}); choose an empty or a new folder"
+            )
+        write_json(address, wanted)
+
+
+@contextmanager
+def _writable(root: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
+
+
+@contextmanager
+def _locked(root: str) -> Iterator[None]:
+    """The system's lock on the folder itself: it needs no file, and no killed job can leave it behind."""
+    if not storage.is_local(root):
+        yield
+        return
+    handle = os.open(storage.local_path(root), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                raise ValueError(
+                    f"another job is labelling into {root}; wait for it, or choose another folder"
+                ) from error
+            logger.debug("%s: no lock on this file system (%s)", root, error)
+        yield
+    finally:
+        os.close(handle)
