@@ -153,11 +153,11 @@ def follow(config: Config) -> Result:
 
 
 def _wanted_checkpoint(config: Config) -> Path | None:
-    return find_checkpoint(Path(config.run), config.label.checkpoint) if list_checkpoints(Path(config.run)) else None
+    return Path(find_checkpoint(config.run, config.label.checkpoint)) if list_checkpoints(config.run) else None
 
 
 def _training_has_ended(config: Config) -> bool:
-    run = Path(config.run)
+    run = config.run
     return bool(list_checkpoints(run)) and read_info(find_checkpoint(run, "latest")).step >= config.train.steps
 
 

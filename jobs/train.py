@@ -2,10 +2,10 @@
 
 import json
 import logging
-from pathlib import Path
 
 from dfa import build
 from dfa.config import Config, digest, to_dict
+from dfa.data import storage
 from dfa.train import loop
 from jobs import Result, main
 
@@ -22,10 +22,10 @@ def work(config: Config) -> Result:
 
 def _describe(config: Config) -> None:
     """Keep the resolved configuration and the versions beside what they made."""
-    folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(config.run)
     record = {"config": to_dict(config), "hash": digest(config), "versions": build.versions()}
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    data = (json.dumps(record, indent=1) + "\n").encode()
+    storage.write_atomic(storage.join(config.run, "run.json"), lambda file: file.write(data))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from dfa.build.data import class_set, index
 from dfa.build.model import model_description, segmenter
 from dfa.config import Config
+from dfa.data import storage
 from dfa.data.offline import check_labels, resolve
 from dfa.data.shards import ShardIndex
 from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
@@ -80,7 +80,7 @@ def loop_plan(config: Config) -> LoopPlan:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
     labels = _labels_address(config, shards)
     return LoopPlan(
-        run_folder=str(Path(config.run).resolve()),
+        run_folder=storage.absolute(config.run),
         class_names=shards.class_names,
         model_description=model_description(config),
         num_samples=shards.num_samples,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_
 from dfa.train.plan import LoopPlan
 from dfa.train.progress import Ledger, Progress
 from dfa.train.record import Recorder, duration
+from dfa.train.stop import StopFile
 
 logger = logging.getLogger(__name__)
-
-STOP_NAME = "stop-requested"
 
 
 class Trainer:
@@ -30,7 +28,7 @@ class Trainer:
 
     def __init__(self, plan: LoopPlan, *, device: torch.device, checkpoint: Checkpoint | None) -> None:
         self.rank, self.world = world()
-        self.plan, self.device, self.run = plan, device, Path(plan.run_folder)
+        self.plan, self.device, self.run = plan, device, plan.run_folder
         torch.manual_seed(plan.seed)
         self.engine = _engine(plan, device, plan.accumulation(self.world))
         self.step = self.samples_seen = self.num_rejected = 0
@@ -42,6 +40,7 @@ class Trainer:
         self.first_step, self.interrupted = self.step, False
         self._ledger = Ledger(progress)
         self._recorder = Recorder(self.run, rank=self.rank, first_step=self.step)
+        self._stop = StopFile(self.run)
         self._meter = _Meter()
         self._spare: Batch | None = None
         self._checkpoint_step = self.step if checkpoint is not None else -1
@@ -158,7 +157,7 @@ class Trainer:
             )
 
     def _stop_requested(self) -> bool:
-        return self.rank == 0 and (self.run / STOP_NAME).exists()
+        return self.rank == 0 and self._stop.asked()
 
     def _log(self) -> None:
         values = self._meter.take()
@@ -231,12 +230,13 @@ class Trainer:
             model=self.plan.model_description,
         )
         if self.rank == 0:
-            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
             self._recorder.write("checkpoint", self.step, {"blocked_s": time.perf_counter() - start})
+            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
 
     _writing: Future[None] | None
 
     def _write(self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo) -> None:
+        self._recorder.sync()
         save_checkpoint(self.run, state, progress, info)
         prune(self.run, keep_last=self.plan.keep_last)
 
