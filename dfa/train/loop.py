@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,8 +27,11 @@ import torch
 from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
+from dfa.train.gauges import Gauges
 from dfa.train.plan import LoopPlan, Resources, derive_resources
 from dfa.train.progress import Progress
+from dfa.train.record import Observer
+from dfa.train.starts import note_start
 from dfa.train.stop import StopFile
 from dfa.train.worker import Trainer
 
@@ -90,6 +93,7 @@ def run(plan: LoopPlan) -> dict[str, Any]:
     total = ray.cluster_resources()
     resources = derive_resources(plan, num_cpus=total.get("CPU", 0.0), num_gpus=total.get("GPU", 0.0))
     logger.info("training with %s", resources)
+    note_start(folder, "cluster", {"num_nodes": sum(node["Alive"] for node in ray.nodes()), "resources": total})
     result = _fit(plan, resources)
     result["start_s"] = result.pop("ready_at") - begin
     return result | _folders(folder)
@@ -169,7 +173,10 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
     shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard("train"))
     batches = _started(iterate(shard, batch_size=plan.micro_batch, prefetch=plan.prefetch))
-    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint)
+    observers: Sequence[Observer] = ()
+    if ray.train.get_context().get_world_rank() == 0:
+        observers = (Gauges(plan.run_folder), *plan.make_observers())
+    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint, observers=observers)
     logger.info("model and optimizer are ready, waiting for the first batch")
     ready = time.time()
     result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))

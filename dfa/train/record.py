@@ -5,18 +5,31 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from dfa.data import storage
+from dfa.train.starts import note_start
 
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
+
+
+class Observer(Protocol):
+    """Someone else who is told each line of metrics."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Take one line; quickly, training waits."""
+        ...
+
+    def close(self) -> None:
+        """Finish; training has ended."""
+        ...
 
 
 class Recorder:
@@ -31,14 +44,26 @@ class Recorder:
     checkpoint, and its lines beyond are removed anyway. 30 000 steps with the default settings are less than 1 MB.
     """
 
-    def __init__(self, run: str | os.PathLike[str], *, rank: int, first_step: int) -> None:
-        self._run, self._writer, self._scratch = os.fspath(run), None, None
+    restarts: int = 0
+    """How often the workers of this run have begun before; 0 on other ranks than the first."""
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        *,
+        rank: int,
+        first_step: int,
+        world_size: int = 1,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._run, self._writer, self._scratch, self._observers = os.fspath(run), None, None, tuple(observers)
         if rank != 0:
             return
         storage.make_folder(storage.join(self._run, EVENTS_FOLDER))
         if not storage.is_local(self._run):
             self._scratch = tempfile.TemporaryDirectory(prefix="dfa-metrics-")
         self._folder = Path(self._scratch.name if self._scratch else storage.local_path(self._run))
+        self.restarts = note_start(self._run, "workers", {"step": first_step, "world_size": world_size})
         kept = "".join(_line(line) for line in read_metrics(self._run) if line["step"] <= first_step).encode()
         storage.write_atomic(str(self._folder / METRICS_NAME), lambda file: file.write(kept))
         self._writer = SummaryWriter(str(self._folder / EVENTS_FOLDER), purge_step=first_step + 1)
@@ -52,6 +77,8 @@ class Recorder:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for observer in self._observers:
+            observer.write(kind, step, values)
 
     def sync(self) -> None:
         """Put what was written so far into a remote run folder; call it before each checkpoint, from any thread."""
@@ -66,9 +93,11 @@ class Recorder:
             storage.write_atomic(storage.join(self._run, name), lambda file, data=data: file.write(data))
 
     def close(self) -> None:
-        """Finish the event file, and what `sync` does."""
+        """Finish the event file and the observers, and what `sync` does."""
         if self._writer is None:
             return
+        for observer in self._observers:
+            observer.close()
         self._writer.close()
         if self._scratch is not None:
             self._upload()
