@@ -34,7 +34,8 @@ def load(
     hashes, and nothing in them is unpickled.
 
     Args:
-        checkpoint: folder of a checkpoint, or of a run, whose best one is taken (the newest where none was validated).
+        checkpoint: folder of a checkpoint, or of a run, whose best one is taken (the newest where none was validated);
+            a path or an address ("s3://bucket/run").
         device: where to compute, e.g. "cuda".
         scales: factors of an image's size to average over (METHOD 1.22); (1.0,) is three to five times as fast.
         flip: average with the mirrored image.

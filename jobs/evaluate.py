@@ -32,7 +32,7 @@ def work(config: Config) -> Result:
     plan = build.factory_plan(config, tuple(passes.values()))
     start_ray()
     done = factory.run(plan)
-    result: Result = {"job": "evaluate", "run": config.run, "checkpoint": str(build.checkpoint(config))}
+    result: Result = {"job": "evaluate", "run": config.run, "checkpoint": build.checkpoint(config)}
     tables: dict[str, Tensor] = {}
     for split, label_pass in passes.items():
         tally = done[label_pass.name].report.tally

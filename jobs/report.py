@@ -1,10 +1,8 @@
 """Write the page of a run: `python -m jobs.report CONF key=value ...`. Reads what training and evaluation left."""
 
 import itertools
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 from dfa import build
 from dfa.config import Config
+from dfa.data import storage
 from dfa.data.shards import RawSample, ShardIndex, read_shard
 from dfa.data.transforms import decode_mask, decode_rgb
 from dfa.label.crf import crf_labels
@@ -41,8 +40,8 @@ def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
     extra: further scores and provenance that the caller measured (keys `second_stage_miou`, `supervised_miou`,
     `seconds`, `peak_gb`, `command`).
     """
-    folder, extra = Path(config.run), extra or {}
-    scores = _read(folder / "evaluate.json") | {k: v for k, v in extra.items() if k in _EXTRA_SCORES}
+    extra = extra or {}
+    scores = _read(storage.join(config.run, "evaluate.json")) | {k: v for k, v in extra.items() if k in _EXTRA_SCORES}
     segmenter = build.trained_segmenter(config, build.device(config), config.label.checkpoint)
     names, pictures, sheet = build.class_set(config).names, [], []
     for split, title in (("val", "held-out"), ("train", "training")):
@@ -50,24 +49,25 @@ def work(config: Config, extra: dict[str, Any] | None = None) -> Result:
             examples = _examples(segmenter, config, build.index(config, split))
             pictures += [_picture(f"{title} {key}", example, names) for key, example in examples.items()]
             sheet += list(examples.values())
-    (folder / "examples.png").write_bytes(figures.panel_sheet(sheet[:_SHEET_ROWS], names))
+    examples_png = figures.panel_sheet(sheet[:_SHEET_ROWS], names)
+    storage.write_atomic(storage.join(config.run, "examples.png"), lambda file: file.write(examples_png))
     report = Report(
         title=f"{config.name}: image-level labels to masks",
         scores={name: scores[key] for key, (name, _) in _SCORES.items() if scores.get(key) is not None},
         notes=dict(_SCORES.values()),
         tables=_tables(scores),
-        figures=_curves(folder, scores),
+        figures=_curves(config.run, scores),
         pictures=tuple(pictures),
         provenance=_provenance(config, extra),
         summary="Only image-level labels supervise. Each row shows an image, its exact mask (used for scoring alone), "
         "the class activation map, the pseudo-label made from it, and what the trained model predicts.",
     )
-    path = write_page(report, folder / "report.html")
-    return {"job": "report", "report": str(path), "pictures": len(pictures)}
+    page = write_page(report, storage.join(config.run, "report.html"))
+    return {"job": "report", "report": page, "pictures": len(pictures)}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _read(address: str) -> dict[str, Any]:
+    return storage.read_json(address) if storage.exists(address) else {}
 
 
 def _examples(segmenter: Segmenter, config: Config, index: ShardIndex) -> dict[str, figures.Example]:
@@ -117,8 +117,8 @@ def _tables(scores: dict[str, Any]) -> tuple[Table, ...]:
     return (Table("IoU of each class, %", names, rows, bar_column=1 + columns.index("val") if "val" in columns else 1),)
 
 
-def _curves(folder: Path, scores: dict[str, Any]) -> tuple[figures.Panel, ...]:
-    lines, panels = read_metrics(folder), []
+def _curves(run: str, scores: dict[str, Any]) -> tuple[figures.Panel, ...]:
+    lines, panels = read_metrics(run), []
     steps = [line for line in lines if line["kind"] == "train"]
     parts = sorted({key for line in steps for key in line if key.startswith(_LOSSES)})
     losses = {part: [(line["step"], line[part]) for line in steps if line.get(part) is not None] for part in parts}

@@ -2,14 +2,18 @@
 
 import json
 import logging
-from pathlib import Path
+from typing import Any
 
 from dfa import build
 from dfa.config import Config, digest, to_dict
+from dfa.data import storage
 from dfa.train import loop
+from dfa.train.checkpoint import list_checkpoints
+from dfa.train.starts import RUN_NAME, differences, note_start
 from jobs import Result, main
 
 log = logging.getLogger("jobs.train")
+_SHOWN = 8
 
 
 def work(config: Config) -> Result:
@@ -21,11 +25,45 @@ def work(config: Config) -> Result:
 
 
 def _describe(config: Config) -> None:
-    """Keep the resolved configuration and the versions beside what they made."""
-    folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"config": to_dict(config), "hash": digest(config), "versions": build.versions()}
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    """Keep beside the results what makes them: RUN/run.json is the newest start, RUN/starts.jsonl tells all of them.
+
+    Raises:
+        ValueError: the run has checkpoints, and they count the samples of other shards.
+    """
+    storage.make_folder(config.run)
+    record = {
+        "config": to_dict(config),
+        "hash": digest(config),
+        "data": {"train": build.index(config, "train").plan_hash},
+        "versions": build.versions(),
+        "code": build.code(),
+        "machine": build.machine(),
+    }
+    changed = _changed(config, record)
+    note_start(config.run, "job", {"hash": record["hash"], "changed": changed} | record["code"] | record["machine"])
+    data = (json.dumps(record, indent=1) + "\n").encode()
+    storage.write_atomic(storage.join(config.run, RUN_NAME), lambda file: file.write(data))
+
+
+def _changed(config: Config, record: dict[str, Any]) -> dict[str, list[Any]]:
+    """What is not as at the start before: dotted names, with the value then and now."""
+    address = storage.join(config.run, RUN_NAME)
+    if not storage.exists(address):
+        return {}
+    before = storage.read_json(address)
+    then, now = before.get("data"), record["data"]
+    if then not in (None, now) and list_checkpoints(config.run):
+        raise ValueError(
+            f"{config.run} was trained on other shards than shards.train={config.shards.train}: their plan is"
+            f" {now['train'][:12]}, that of the run {then['train'][:12]}; use another run folder"
+        )
+    compared = ("config", "versions", "code")
+    changed = differences({k: before.get(k, {}) for k in compared}, {k: record[k] for k in compared})
+    if changed:
+        shown = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in list(changed.items())[:_SHOWN])
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        log.warning("this start differs from the one before in %s%s", shown, more)
+    return changed
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """The one composition root: Config -> objects. Only this package and jobs know Config."""
 
-import importlib.metadata
-import platform
-
 from dfa.build.data import class_set, index, source
 from dfa.build.labelling import (
     checkpoint,
@@ -17,6 +14,7 @@ from dfa.build.labelling import (
 )
 from dfa.build.model import device, encoder, model_description, segmenter, trained_segmenter
 from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, load, prediction_input, prediction_output
+from dfa.build.provenance import code, machine, versions
 from dfa.build.training import loop_plan, pseudo_settings, train_step
 
 __all__ = [
@@ -24,6 +22,7 @@ __all__ = [
     "checkpoint_config",
     "checkpoint_segmenter",
     "class_set",
+    "code",
     "crf_settings",
     "device",
     "encoder",
@@ -34,6 +33,7 @@ __all__ = [
     "label_pass",
     "load",
     "loop_plan",
+    "machine",
     "model_description",
     "model_pass",
     "predict_pass",
@@ -47,15 +47,3 @@ __all__ = [
     "trained_segmenter",
     "versions",
 ]
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide a result."""
-    packages = ("torch", "ray", "deepspeed", "open_clip_torch", "pydensecrf2", "webdataset", "pyarrow", "numpy")
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found

@@ -33,8 +33,7 @@ from dfa.model.inference import size_class
 from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
 from dfa.train.follow import FollowPlan
-
-_RUN_NAME = "run.json"  # written by jobs/train
+from dfa.train.starts import RUN_NAME
 
 Labels = Sequence[tuple[int, ...]]
 
@@ -44,14 +43,14 @@ def crf_settings(config: Config) -> CrfSettings:
     return PRESETS[config.crf.preset]
 
 
-def _checkpoint(config: Config) -> Path:
-    return find_checkpoint(Path(config.run), config.label.checkpoint)
+def _checkpoint(config: Config) -> str:
+    return find_checkpoint(config.run, config.label.checkpoint)
 
 
-def checkpoint(config: Config) -> Path:
+def checkpoint(config: Config) -> str:
     """The folder of the checkpoint that label.checkpoint names; a ValueError where its classes are not the run's."""
     folder = _checkpoint(config)
-    check_classes(read_info(folder).class_names, class_set(config).names, where=str(folder))
+    check_classes(read_info(folder).class_names, class_set(config).names, where=folder)
     return folder
 
 
@@ -82,7 +81,7 @@ def label_pass(config: Config, split: str, *, limit: int = 0, output: str = "") 
     if config.label.unary == "cam":
         return seed_pass(config, split, with_crf=True, limit=limit, output=output)
     scorer = "restricted" if config.label.restrict else "model"
-    output = output or str(Path(config.run) / "labels" / f"{split}_model")
+    output = output or storage.join(config.run, f"labels/{split}_model")
     return _shard_pass(config, split, scorer, "labels", with_crf=True, limit=limit, output=output)
 
 
@@ -107,7 +106,7 @@ def label_facts(config: Config) -> dict[str, str]:
     )
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
     return {
-        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(str(folder / STATE_NAME))[:12]}",
+        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
         "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
         "unary": f"{unary}, scales {list(scales)}{', mirrored too' if config.evaluate.flip else ''}",
         "CRF": f"preset {config.crf.preset}",
@@ -141,7 +140,7 @@ def follow_plan(config: Config) -> FollowPlan:
 
 def _planned_samples(run: str) -> int | None:
     """How many samples the training in a folder consumes in all, by the configuration that jobs/train keeps there."""
-    address = storage.join(run, _RUN_NAME)
+    address = storage.join(run, RUN_NAME)
     if not storage.exists(address):
         return None
     document = storage.read_json(address)
@@ -167,7 +166,7 @@ def _shard_pass(
 ) -> LabelPass:
     shards: ShardIndex = index(config, split)
     part = f"{split}_first_{limit}" if limit else split
-    output = output or str(Path(config.run) / folder / part)
+    output = output or storage.join(config.run, f"{folder}/{part}")
     checkpoint(config)  # refuses one of other classes
     name, images = f"{folder} of {split}", ShardImages(shards)
     return _pass(config, name, scorer, images, output, with_crf=with_crf, limit=limit, clip=config.clip)
@@ -189,7 +188,7 @@ def _pass(
     weights = Path(beside_conf(clip.checkpoint))
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
-    decisive += [images.class_names, sha256_of(str(_checkpoint(config) / STATE_NAME))]
+    decisive += [images.class_names, sha256_of(storage.join(_checkpoint(config), STATE_NAME))]
     decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
     if scorer != "predict":
         decisive += [model_description(config)]
@@ -224,12 +223,12 @@ def _label_pseudo_settings(config: Config) -> PseudoSettings:
     return replace(settings, threshold=config.label.threshold or settings.threshold)
 
 
-def _scorer_maker(config: Config, folder: Path, scorers: Collection[str]) -> Callable[[], Mapping[str, Scorer]]:
+def _scorer_maker(config: Config, folder: str, scorers: Collection[str]) -> Callable[[], Mapping[str, Scorer]]:
     def make() -> Mapping[str, Scorer]:
         on_device = device(config)
         if "predict" in scorers:
             return {"predict": partial(_model, checkpoint_segmenter(folder, on_device), config, restrict=False)}
-        built = trained_segmenter(config, on_device, folder.name)
+        built = trained_segmenter(config, on_device, storage.base_name(folder))
         return {
             "seed": partial(seed_images, built, config),
             "model": partial(_model, built, config, restrict=False),

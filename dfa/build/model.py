@@ -79,11 +79,11 @@ def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_cla
 def trained_segmenter(config: Config, device: torch.device, which: str = "best") -> Segmenter:
     """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number."""
     built = segmenter(config, device)
-    load_student(built, find_checkpoint(Path(config.run), which), class_names=class_set(config).names)
+    load_student(built, find_checkpoint(config.run, which), class_names=class_set(config).names)
     return built
 
 
-def load_student(built: Segmenter, folder: Path, *, class_names: Sequence[str]) -> None:
+def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str]) -> None:
     """Give the segmenter the student of a checkpoint folder, for inference.
 
     Raises:
@@ -97,7 +97,7 @@ def load_student(built: Segmenter, folder: Path, *, class_names: Sequence[str]) 
     built.student.eval()
 
 
-def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], folder: Path) -> None:
+def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], folder: str) -> None:
     bad = sorted(saved.keys() ^ wanted.keys())
     bad += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
     if bad:

@@ -44,23 +44,25 @@ def load(
     )
 
 
-def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> Path:
-    """A checkpoint's folder: `checkpoint` itself, or the best one of the run's folder `checkpoint`.
+def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> str:
+    """The address of a checkpoint: `checkpoint` itself, or the best one of the run `checkpoint`.
 
     Raises:
         ValueError: it is neither.
     """
-    folder = Path(checkpoint)
-    if (folder / STATE_NAME).is_file():
+    folder = os.fspath(checkpoint)
+    if storage.exists(storage.join(folder, STATE_NAME)):
         return folder
-    if (folder / FOLDER).is_dir():
+    if storage.exists(storage.join(folder, FOLDER)):
         return find_checkpoint(folder, "best")
-    what = f"has no {STATE_NAME} and no {FOLDER}/" if folder.is_dir() else "is no folder"
-    raise ValueError(f"{folder} {what}; give a checkpoint's folder (RUN/{FOLDER}/step-00000500) or a run's")
+    raise ValueError(
+        f"{folder} is no folder with {STATE_NAME} or {FOLDER}/ in it; "
+        f"give a checkpoint's folder (RUN/{FOLDER}/step-00000500) or a run's"
+    )
 
 
 def checkpoint_segmenter(
-    folder: Path,
+    folder: str,
     device: torch.device,
     *,
     clip_checkpoint: str | os.PathLike[str] | None = None,
@@ -86,7 +88,7 @@ def checkpoint_segmenter(
 
 
 def checkpoint_config(
-    folder: Path,
+    folder: str,
     *,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
@@ -120,7 +122,7 @@ def _described(description: Mapping[str, Any], *, where: str) -> Config:
     return configuration.from_sections({name: description[name] for name in _SECTIONS}, where=where)
 
 
-def _check_clip_files(config: Config, folder: Path) -> None:
+def _check_clip_files(config: Config, folder: str) -> None:
     """Names of files that are not there, before open_clip takes them for names of its own."""
     for field, suffixes in (("checkpoint", _WEIGHT_SUFFIXES), ("model", (".json",))):
         name = getattr(config.clip, field)
@@ -162,7 +164,7 @@ def prediction_output(config: Config) -> str:
         ValueError: it lies inside the input, where the next run would take its masks for images.
     """
     root = input_address(config)
-    output = config.predict.output or storage.join(f"{config.run}/predict", storage.base_name(root))
+    output = config.predict.output or storage.join(config.run, f"predict/{storage.base_name(root)}")
     local = storage.is_local(root) and storage.is_local(output)
     if local and Path(storage.local_path(output)).resolve().is_relative_to(root):
         raise ValueError(f"predict.output {output} lies inside predict.input {root}; choose a folder outside of it")

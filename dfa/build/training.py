@@ -1,15 +1,16 @@
 """What a training run needs."""
 
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from dfa import config as configuration
 from dfa.build.data import class_set, index
 from dfa.build.model import model_description, segmenter
 from dfa.config import Config
+from dfa.data import storage
 from dfa.data.offline import check_labels, resolve
 from dfa.data.shards import ShardIndex
 from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
@@ -18,7 +19,9 @@ from dfa.label.refine import RefineSettings
 from dfa.train.engine import OptimizerSettings
 from dfa.train.plan import LoopPlan, Resources
 from dfa.train.progress import Progress
+from dfa.train.record import Observer
 from dfa.train.step import StepSettings, TrainStep
+from dfa.train.tracking import MlflowTracker, check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ def loop_plan(config: Config) -> LoopPlan:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
     labels = _labels_address(config, shards)
     return LoopPlan(
-        run_folder=str(Path(config.run).resolve()),
+        run_folder=storage.absolute(config.run),
         class_names=shards.class_names,
         model_description=model_description(config),
         num_samples=shards.num_samples,
@@ -106,7 +109,16 @@ def loop_plan(config: Config) -> LoopPlan:
         log_every=train.log_every,
         seed=train.seed,
         window_bytes=_window_bytes(config, shards, labels),
+        make_observers=_observer_maker(config),
     )
+
+
+def _observer_maker(config: Config) -> Callable[[], Sequence[Observer]]:
+    if not config.train.mlflow:
+        return tuple
+    check_installed()  # now, not in a worker minutes later
+    run, parameters = storage.absolute(config.run), configuration.to_dict(config)
+    return lambda: (MlflowTracker(config.train.mlflow, run, name=config.name, parameters=parameters),)
 
 
 def _micro_batch(config: Config) -> int:

@@ -181,6 +181,7 @@ class TrainConfig:
     checkpoint_every: int = _number(500, 1, 100_000_000)
     keep_checkpoints: int = _number(2, 1, 1_000)
     log_every: int = _number(20, 1, 1_000_000)
+    mlflow: str = ""  # MLflow's tracking address, to which metrics go too; "": none
 
 
 @dataclass

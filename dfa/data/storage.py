@@ -1,4 +1,4 @@
-"""Where shards and labels lie: the few file operations that they need, all by address string.
+"""Where shards, labels and runs lie: the few file operations that they need, all by address string.
 
 A path or `file://` address is a local file. Any other scheme is a remote store: Arrow's own clients serve s3, gs, hdfs
 and abfs, fsspec all it knows (memory, sftp, hf, ...; some schemes need their package). A remote address may end in
@@ -32,6 +32,7 @@ import pyarrow.fs
 PARTIAL_SUFFIX = ".partial"
 RETRY_PAUSE_S = 1.0
 BLOCK_BYTES = 16 * 2**20
+_ATTEMPTS, _PAUSE_GROWS = 3, 4.0
 _BLOCKS_KEPT = 2
 _SPOOL_BYTES = 64 * 2**20  # a longer file waits for its upload in the folder of temporary files (TMPDIR)
 _COPY_BYTES = 2**20
@@ -67,6 +68,11 @@ def local_path(address: str) -> str:
     return address.removeprefix("file://")
 
 
+def absolute(address: str) -> str:
+    """Return the address with its meaning in any working directory; a remote one as it is."""
+    return os.path.realpath(local_path(address)) if is_local(address) else address
+
+
 def join(root: str, name: str) -> str:
     """Return the address of `name` inside the folder `root`; the query of a remote address stays at the end."""
     if is_local(root):
@@ -85,14 +91,14 @@ def beside(address: str, suffix: str) -> str:
 
 def base_name(address: str) -> str:
     """Return the last part of an address, without a remote address's query."""
-    return (address if is_local(address) else address.partition("?")[0]).rsplit("/", 1)[-1]
+    return (address if is_local(address) else address.partition("?")[0]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def exists(address: str) -> bool:
     """Tell whether a file or folder is there."""
     if is_local(address):
         return os.path.exists(local_path(address))
-    return _info(address).type != pyarrow.fs.FileType.NotFound
+    return _with_retry(address, lambda: _info(address)).type != pyarrow.fs.FileType.NotFound
 
 
 def size_bytes(address: str) -> int:
@@ -109,9 +115,7 @@ def list_names(folder: str) -> list[str]:
     """Return the sorted names of what a folder holds. A remote folder that is not there holds nothing."""
     if is_local(folder):
         return sorted(os.listdir(local_path(folder)))
-    with _store(folder) as (filesystem, path):
-        found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found)
+    return _with_retry(folder, lambda: _list_remote(folder))
 
 
 def make_folder(folder: str) -> None:
@@ -215,10 +219,10 @@ def _write_local(path: str, write: Callable[[BinaryIO], object]) -> None:
         if os.path.exists(partial):
             os.remove(partial)
         raise
-    _sync_folder(folder or ".")
+    sync_folder(folder or ".")
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Make the rename itself survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -332,24 +336,32 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _with_retry(address: str, action: Callable[[], T]) -> T:
-    """Do it, and once more after a pause if the store failed.
+    """Do it, and up to twice more, after a pause of 1 s and one of 4 s, if the store failed.
 
-    The clients repeat single requests themselves (Arrow's s3 for about 6 s; see each fsspec package); this is for a
-    transfer that broke down beyond that.
+    The clients repeat single requests themselves (Arrow's s3 for about 6 s; see each fsspec package); this is for what
+    broke down beyond that.
     """
-    try:
-        return action()
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or not isinstance(error.__cause__, OSError):
-            raise  # a wrong address or a missing package stays what it is
-        logger.warning("%s; once more in %.0f s", error, RETRY_PAUSE_S)
-    time.sleep(RETRY_PAUSE_S)
+    for attempt in range(_ATTEMPTS - 1):
+        pause_s = RETRY_PAUSE_S * _PAUSE_GROWS**attempt
+        try:
+            return action()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or not isinstance(error.__cause__, OSError):
+                raise  # a wrong address or a missing package stays what it is
+            logger.warning("%s; once more in %.0f s", error, pause_s)
+        time.sleep(pause_s)
     return action()
 
 
 def _info(address: str) -> pyarrow.fs.FileInfo:
     with _store(address) as (filesystem, path):
         return filesystem.get_file_info(path)
+
+
+def _list_remote(folder: str) -> list[str]:
+    with _store(folder) as (filesystem, path):
+        found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found)
 
 
 @contextmanager

@@ -3,12 +3,11 @@
 import base64
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 
+from dfa.data import storage
 from dfa.report.figures import Panel
 
 _LARGE_BYTES = 5_000_000
@@ -83,30 +82,20 @@ class Report:
     contents: Table | None = None
 
 
-def write_page(report: Report, path: Path | str) -> Path:
-    """Write the report as one HTML file, atomically: a reader sees the old page or the new one.
+def write_page(report: Report, address: str | os.PathLike[str]) -> str:
+    """Write the report as one HTML file into a folder that is there, and return its address. A reader sees the old page
+    or the new one.
 
     Images are embedded, nothing is loaded from elsewhere and there is no script. Warns above 5 MB.
 
     Raises:
         ValueError: image bytes that are neither PNG nor JPEG.
     """
-    path = Path(path)
-    content = render(report).encode()
+    address, content = os.fspath(address), render(report).encode()
     if len(content) > _LARGE_BYTES:
-        _log.warning("report %s is large: %.1f MB; show fewer or smaller pictures", path, len(content) / 1e6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is to be read
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+        _log.warning("report %s is large: %.1f MB; show fewer or smaller pictures", address, len(content) / 1e6)
+    storage.write_atomic(address, lambda file: file.write(content))
+    return address
 
 
 def render(report: Report) -> str:

@@ -7,25 +7,29 @@ alone.
                                   state.json             numbers, class names, model description, sha256 of the files
                                   and of itself
 
-A folder is written under a hidden name and renamed when complete, so one that has its name is whole unless the disk
-lied; hashes tell. No pickled objects anywhere.
+RUN is a local folder or any address that `dfa.data.storage` knows. On a disk a checkpoint is written under a hidden name
+and renamed when complete. An object store cannot rename a folder: there the files go to their names one by one, and
+state.json, which holds their hashes, comes last; a folder without it is no checkpoint. So one that is listed is whole
+unless the disk or the store lied; hashes tell. No pickled objects anywhere.
+
+An upload that a killed process left open is invisible but kept (and paid for) by S3-like stores: give the bucket a rule
+that aborts incomplete multipart uploads.
 """
 
 import hashlib
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from dfa.data import storage
 from dfa.train.objective import EngineState
 from dfa.train.progress import Progress
 
@@ -41,6 +45,9 @@ _MODEL, _OPTIMIZER, _PROGRESS, STATE_NAME = (
     "progress.safetensors",
     "state.json",
 )
+
+
+Address = str | os.PathLike[str]
 
 
 class CorruptCheckpointError(ValueError):
@@ -64,50 +71,68 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint in memory; `folder` is its address."""
 
-    folder: Path
+    folder: str
     info: CheckpointInfo
     engine: EngineState
     progress: Progress
 
 
-def save_checkpoint(run: Path, engine: EngineState, progress_tensors: dict[str, Tensor], info: CheckpointInfo) -> Path:
-    """Write one checkpoint atomically into RUN/checkpoints and return its folder; an older one of the same step is
-    replaced."""
-    root = run / FOLDER
-    target, partial = root / f"{_PREFIX}{info.step:08d}", root / f"{_PARTIAL}{uuid.uuid4().hex}"
-    partial.mkdir(parents=True)
+def save_checkpoint(
+    run: Address, engine: EngineState, progress_tensors: dict[str, Tensor], info: CheckpointInfo
+) -> str:
+    """Write one checkpoint into RUN/checkpoints, complete or not at all, and return its folder; an older one of the same
+    step is replaced."""
+    root, name = _root(run), f"{_PREFIX}{info.step:08d}"
     moments = {f"moment1.{k}": v for k, v in engine.moment1.items()} | {
         f"moment2.{k}": v for k, v in engine.moment2.items()
     }
     contents = {_MODEL: engine.weights, _OPTIMIZER: moments, _PROGRESS: progress_tensors}
-    hashes = {name: _write(partial / name, safetensors.torch.save(tensors)) for name, tensors in contents.items()}
-    document = {"kind": KIND, "schema": SCHEMA_VERSION, **asdict(info), "sha256": hashes}
+    files = {name: safetensors.torch.save(tensors) for name, tensors in contents.items()}
+    document: dict[str, Any] = {"kind": KIND, "schema": SCHEMA_VERSION, **asdict(info)}
+    document["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     document["digest"] = _digest(document)
-    _write(partial / STATE_NAME, json.dumps(document, indent=1).encode())
-    _sync_folder(partial)
-    if target.exists():
-        target.rename(root / f"{_PARTIAL}{uuid.uuid4().hex}")
-    partial.rename(target)
-    _sync_folder(root)
-    return target
+    files[STATE_NAME] = json.dumps(document, indent=1).encode()  # the last one, see above
+    _write(root, name, files)
+    return storage.join(root, name)
 
 
-def _write(path: Path, data: bytes) -> str:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+def _root(run: Address) -> str:
+    return storage.join(os.fspath(run), FOLDER)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write(root: str, name: str, files: Mapping[str, bytes]) -> None:
+    """Files of the folder ROOT/NAME in their order, complete or not at all."""
+    if storage.is_local(root):
+        _write_local(storage.local_path(root), name, files)
+    else:
+        _write_remote(root, name, files)
+
+
+def _write_local(root: str, name: str, files: Mapping[str, bytes]) -> None:
+    target, partial = f"{root}/{name}", f"{root}/{_PARTIAL}{uuid.uuid4().hex}"
+    os.makedirs(partial)
+    for file, data in files.items():
+        storage.write_atomic(f"{partial}/{file}", lambda stream, data=data: stream.write(data))
+    if os.path.exists(target):
+        os.rename(target, f"{root}/{_PARTIAL}{uuid.uuid4().hex}")
+    os.rename(partial, target)
+    storage.sync_folder(root)
+
+
+def _write_remote(root: str, name: str, files: Mapping[str, bytes]) -> None:
+    target = storage.join(root, name)
+    _delete(target)
+    storage.make_folder(target)
+    for file, data in files.items():
+        storage.write_atomic(storage.join(target, file), lambda stream, data=data: stream.write(data))
+
+
+def _delete(folder: str) -> None:
+    """Remove a checkpoint; its state first, so that half of one is none."""
+    storage.remove(storage.join(folder, STATE_NAME))
+    storage.remove_tree(folder)
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -116,16 +141,18 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_info(folder: Path) -> CheckpointInfo:
+def read_info(folder: Address) -> CheckpointInfo:
     """Read and verify `state.json` alone."""
-    return _info(_document(folder))
+    return _info(_document(os.fspath(folder)))
 
 
-def _document(folder: Path) -> dict[str, Any]:
-    path = folder / STATE_NAME
+def _document(folder: str) -> dict[str, Any]:
+    path = storage.join(folder, STATE_NAME)
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        document = json.loads(_read(path))
+    except ValueError as error:
+        if isinstance(error, CorruptCheckpointError | storage.StoreError):
+            raise
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise CorruptCheckpointError(f"{path} is not the state of a dfa checkpoint")
@@ -141,12 +168,20 @@ def _info(document: Mapping[str, Any]) -> CheckpointInfo:
     return CheckpointInfo(**{**fields, "class_names": tuple(fields["class_names"])})
 
 
-def _tensors(folder: Path, name: str, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = folder / name
+def _read(path: str) -> bytes:
+    """The content of a checkpoint's file. A store that does not answer is no damage: its StoreError passes through, lest
+    a run go back or begin anew because a network was down."""
     try:
-        data = path.read_bytes()
+        return storage.read_bytes(path)
+    except storage.StoreError:
+        raise
     except OSError as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _tensors(folder: str, name: str, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = storage.join(folder, name)
+    data = _read(path)
     if hashlib.sha256(data).hexdigest() != document["sha256"].get(name):
         raise CorruptCheckpointError(f"{path} is damaged: its sha256 is not the one in {STATE_NAME}")
     try:
@@ -155,7 +190,7 @@ def _tensors(folder: Path, name: str, document: Mapping[str, Any]) -> dict[str, 
         raise CorruptCheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def load_weights(folder: Path, *, class_names: Sequence[str] | None) -> tuple[dict[str, Tensor], CheckpointInfo]:
+def load_weights(folder: Address, *, class_names: Sequence[str] | None) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Verified weights and description of a checkpoint, for evaluation and labelling.
 
     Args:
@@ -164,16 +199,19 @@ def load_weights(folder: Path, *, class_names: Sequence[str] | None) -> tuple[di
     Raises:
         CorruptCheckpointError: unreadable or changed files.
         ValueError: a model of other classes; both lists are named.
+        StoreError: a remote store that does not answer.
     """
+    folder = os.fspath(folder)
     document = _document(folder)
     info = _info(document)
     if class_names is not None:
-        check_classes(info.class_names, class_names, where=str(folder))
+        check_classes(info.class_names, class_names, where=folder)
     return _tensors(folder, _MODEL, document), info
 
 
-def load_checkpoint(folder: Path, *, class_names: Sequence[str]) -> Checkpoint:
+def load_checkpoint(folder: Address, *, class_names: Sequence[str]) -> Checkpoint:
     """Load everything that training needs to continue; errors as in `load_weights`."""
+    folder = os.fspath(folder)
     weights, info = load_weights(folder, class_names=class_names)
     document = _document(folder)
     moments = _tensors(folder, _OPTIMIZER, document)
@@ -184,7 +222,7 @@ def load_checkpoint(folder: Path, *, class_names: Sequence[str]) -> Checkpoint:
     return Checkpoint(folder, info, EngineState(weights, first, second, info.num_updates, info.loss_scale), progress)
 
 
-def copy_model(folder: Path, run: Path, *, name: str) -> Path:
+def copy_model(folder: Address, run: Address, *, name: str) -> str:
     """Copy a checkpoint's model, without optimizer and progress, to RUN/checkpoints/NAME; return that folder.
 
     The run that wrote it may delete it at any time: the copy is whole and verified, or not there.
@@ -192,24 +230,17 @@ def copy_model(folder: Path, run: Path, *, name: str) -> Path:
     Raises:
         CorruptCheckpointError: the checkpoint is damaged, or was deleted meanwhile.
     """
-    target, partial = run / FOLDER / name, run / FOLDER / f"{_PARTIAL}{uuid.uuid4().hex}"
-    if target.exists():
+    source, root = os.fspath(folder), _root(run)
+    target = storage.join(root, name)
+    if storage.exists(target) and not _unfinished(target):
         return target
-    partial.mkdir(parents=True)
-    try:
-        for file in (_MODEL, STATE_NAME):
-            try:
-                data = (folder / file).read_bytes()
-            except OSError as error:
-                raise CorruptCheckpointError(f"{folder / file} cannot be read: {error}") from error
-            _write(partial / file, data)
-        load_weights(partial, class_names=None)
-        _sync_folder(partial)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    _sync_folder(target.parent)
+    document = _document(source)
+    files = {file: _read(storage.join(source, file)) for file in (_MODEL, STATE_NAME)}
+    if hashlib.sha256(files[_MODEL]).hexdigest() != document["sha256"].get(_MODEL):
+        raise CorruptCheckpointError(
+            f"{storage.join(source, _MODEL)} is damaged: its sha256 is not the one in {STATE_NAME}"
+        )
+    _write(root, name, files)
     return target
 
 
@@ -230,36 +261,49 @@ def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) ->
     )
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first; unfinished ones are not listed."""
-    root = run / FOLDER
-    return sorted(path for path in root.iterdir() if path.name.startswith(_PREFIX)) if root.is_dir() else []
+def list_checkpoints(run: Address) -> list[str]:
+    """Folders of a run's checkpoints, oldest first; unfinished ones are not listed."""
+    return [folder for folder in _folders(run) if not _unfinished(folder)]
 
 
-def latest_checkpoint(run: Path, *, class_names: Sequence[str]) -> Checkpoint | None:
-    """Newest checkpoint that is whole, None where there is none; damaged ones are passed over with a warning.
+def _folders(run: Address) -> list[str]:
+    """Folders with a checkpoint's name, oldest first, finished or not."""
+    root = _root(run)
+    names = storage.list_names(root) if storage.exists(root) else []
+    return [storage.join(root, name) for name in names if name.startswith(_PREFIX)]
+
+
+def _unfinished(folder: str) -> bool:
+    return not storage.is_local(folder) and not storage.exists(storage.join(folder, STATE_NAME))
+
+
+def latest_checkpoint(run: Address, *, class_names: Sequence[str]) -> Checkpoint | None:
+    """Newest checkpoint that is whole, None where there is none; damaged and unfinished ones are passed over with a
+    warning.
 
     Raises:
         ValueError: the checkpoint is whole but belongs to other classes.
+        StoreError: a remote store that does not answer.
     """
-    for folder in reversed(list_checkpoints(run)):
+    for folder in reversed(_folders(run)):
         try:
             return load_checkpoint(folder, class_names=class_names)
         except CorruptCheckpointError as error:
-            logger.warning("checkpoint %s is passed over, the one before it is used: %s", folder.name, error)
+            name = storage.base_name(folder)
+            logger.warning("checkpoint %s is passed over, the one before it is used: %s", name, error)
     return None
 
 
-def best_checkpoint(run: Path) -> Path | None:
+def best_checkpoint(run: Address) -> str | None:
     """Folder with the highest validation mIoU (the later one of equals), None where none was validated."""
-    scored = [(info.val_miou, info.step, path) for path, info in _readable(run) if info.val_miou is not None]
+    scored = [(info.val_miou, info.step, folder) for folder, info in _readable(run) if info.val_miou is not None]
     return max(scored)[2] if scored else None
 
 
-def find_checkpoint(run: Path, which: str) -> Path:
+def find_checkpoint(run: Address, which: str) -> str:
     """Folder of `best` (the newest where none was validated), `latest`, or the step number `which` of a run."""
     folders = list_checkpoints(run)
-    names = [path.name for path in folders]
+    names = [storage.base_name(folder) for folder in folders]
     if not folders:
         raise ValueError(f"{run} holds no finished checkpoint")
     if which in ("best", "latest"):
@@ -270,19 +314,22 @@ def find_checkpoint(run: Path, which: str) -> Path:
     return folders[names.index(wanted)]
 
 
-def prune(run: Path, *, keep_last: int) -> None:
+def prune(run: Address, *, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best one, and what interrupted writers left behind."""
-    folders, best = list_checkpoints(run), best_checkpoint(run)
-    leftovers = [path for path in (run / FOLDER).iterdir() if path.name.startswith(_PARTIAL)] if folders else []
+    folders, best, root = list_checkpoints(run), best_checkpoint(run), _root(run)
+    if not folders:
+        return
+    leftovers = [storage.join(root, name) for name in storage.list_names(root) if name.startswith(_PARTIAL)]
+    leftovers += [folder for folder in _folders(run) if _unfinished(folder)]
     for folder in [*(f for f in folders[: -max(1, keep_last)] if f != best), *leftovers]:
-        shutil.rmtree(folder)
+        _delete(folder)
 
 
-def _readable(run: Path) -> list[tuple[Path, CheckpointInfo]]:
+def _readable(run: Address) -> list[tuple[str, CheckpointInfo]]:
     found = []
     for folder in list_checkpoints(run):
         try:
             found.append((folder, read_info(folder)))
         except CorruptCheckpointError as error:
-            logger.warning("checkpoint %s is passed over: %s", folder.name, error)
+            logger.warning("checkpoint %s is passed over: %s", storage.base_name(folder), error)
     return found

@@ -9,11 +9,9 @@ The training's own plan says when it has ended. Killed and started again, a foll
 
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from dfa.data import storage
@@ -43,9 +41,9 @@ Made = TypeVar("Made")
 class FollowPlan:
     """Whom to follow.
 
-    run: folder of the training.
-    root: folder or address of the generations.
-    snapshots: folder for the models' copies, in the form of a run's; no other follower's.
+    run: folder or address of the training.
+    root: that of the generations.
+    snapshots: that for the models' copies, in the form of a run's; no other follower's.
     which: the checkpoints to label with.
     planned_samples: how many samples the training consumes in all; None while its folder does not say.
     interval_s: between two looks.
@@ -96,7 +94,7 @@ def follow(plan: FollowPlan, label: Callable[[str, str], Made]) -> list[Made]:
 class _Found:
     """A checkpoint of the training, and the name of its copy and its labels."""
 
-    folder: Path
+    folder: str
     name: str
 
 
@@ -104,7 +102,7 @@ class _Follower:
     """What is known of the training so far."""
 
     def __init__(self, plan: FollowPlan) -> None:
-        self.plan, self.run = plan, Path(plan.run)
+        self.plan, self.run = plan, plan.run
         self.begin = time.monotonic()
         self.failures: dict[str, int] = {}
         self._said: dict[str, tuple[str, float]] = {}
@@ -124,7 +122,8 @@ class _Follower:
             self._say("training", str(error))  # deleted meanwhile, or damaged: there will be a newer one
             return False
         self._say(
-            "training", f"the training has seen {info.samples_seen} of {planned} samples at {checkpoints[-1].name}"
+            "training",
+            f"the training has seen {info.samples_seen} of {planned} samples at {storage.base_name(checkpoints[-1])}",
         )
         return info.samples_seen >= planned
 
@@ -149,7 +148,8 @@ class _Follower:
             return None
         try:
             folder = find_checkpoint(self.run, self.plan.which)
-            return _Found(folder, f"{folder.name}-{sha256_of(str(folder / STATE_NAME))[:8]}")
+            content = sha256_of(storage.join(folder, STATE_NAME))
+            return _Found(folder, f"{storage.base_name(folder)}-{content[:8]}")
         except (CorruptCheckpointError, FileNotFoundError) as error:
             self._say("checkpoint", f"deleted while it was looked at: {error}")
             return None
@@ -159,7 +159,7 @@ class _Follower:
         if self.failures.get(found.name, 0) >= _ATTEMPTS:
             return False
         try:
-            copy_model(found.folder, Path(self.plan.snapshots), name=found.name)
+            copy_model(found.folder, self.plan.snapshots, name=found.name)
             return True
         except CorruptCheckpointError as error:
             self.failures[found.name] = self.failures.get(found.name, 0) + 1
@@ -196,6 +196,7 @@ def _forget(plan: FollowPlan, kept: set[str]) -> None:
         match = _GENERATION.fullmatch(entry)
         if match and match[1] not in kept:
             storage.remove_tree(storage.join(plan.root, entry))
-    for path in (Path(plan.snapshots) / FOLDER).iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path)
+    snapshots = storage.join(plan.snapshots, FOLDER)
+    for entry in storage.list_names(snapshots):
+        if entry not in kept:
+            storage.remove_tree(storage.join(snapshots, entry))

@@ -8,13 +8,13 @@ returns at once.
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -24,11 +24,16 @@ import ray.train
 import ray.train.torch
 import torch
 
+from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
+from dfa.train.gauges import Gauges
 from dfa.train.plan import LoopPlan, Resources, derive_resources
 from dfa.train.progress import Progress
-from dfa.train.worker import STOP_NAME, Trainer
+from dfa.train.record import Observer
+from dfa.train.starts import note_start
+from dfa.train.stop import StopFile
+from dfa.train.worker import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +82,10 @@ def run(plan: LoopPlan) -> dict[str, Any]:
         RuntimeError: a worker failed; the message is the worker's first error.
     """
     begin = time.time()
-    plan = replace(plan, run_folder=str(Path(plan.run_folder).absolute()))
-    folder = Path(plan.run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STOP_NAME).unlink(missing_ok=True)
+    plan = replace(plan, run_folder=storage.absolute(plan.run_folder))
+    folder = plan.run_folder
+    storage.make_folder(folder)
+    StopFile(folder).withdraw()
     checkpoint = latest_checkpoint(folder, class_names=plan.class_names)
     if checkpoint is not None and checkpoint.info.samples_seen >= plan.total_samples:
         logger.info("the run in %s is complete (%d samples)", folder, checkpoint.info.samples_seen)
@@ -89,13 +94,33 @@ def run(plan: LoopPlan) -> dict[str, Any]:
     total = ray.cluster_resources()
     resources = derive_resources(plan, num_cpus=total.get("CPU", 0.0), num_gpus=total.get("GPU", 0.0))
     logger.info("training with %s", resources)
+    note_start(folder, "cluster", {"num_nodes": sum(node["Alive"] for node in ray.nodes()), "resources": total})
     result = _fit(plan, resources)
     result["start_s"] = result.pop("ready_at") - begin
     return result | _folders(folder)
 
 
 def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
-    folder = Path(plan.run_folder)
+    with _ray_folder(plan.run_folder) as ray_folder:
+        return _fit_in(ray_folder, plan, resources)
+
+
+@contextmanager
+def _ray_folder(run: str) -> Iterator[str]:
+    """Where Ray Train keeps its own notes: RUN/ray, or a temporary folder where the run is remote.
+
+    Ray asks for storage that all nodes share, because workers put checkpoints there. Ours get none, they report metrics
+    only, so the controller alone writes here, and Ray keeps that on the machine that calls `run`. What survives a crash
+    are our checkpoints; these notes need not.
+    """
+    if storage.is_local(run):
+        yield storage.local_path(storage.join(run, "ray"))
+        return
+    with tempfile.TemporaryDirectory(prefix="dfa-ray-train-") as folder:
+        yield folder
+
+
+def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, Any]:
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"plan": plan, "resources": resources},
@@ -111,13 +136,13 @@ def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
             backend="nccl" if plan.use_gpu else "gloo", timeout_s=plan.collective_timeout_s
         ),
         run_config=ray.train.RunConfig(
-            storage_path=str(folder / "ray"),
+            storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(max_failures=plan.max_failures),
         ),
     )
     try:
-        return _graceful(trainer.fit, folder).return_value
+        return _graceful(trainer.fit, plan.run_folder).return_value
     except ray.train.WorkerGroupError as error:
         raise _first_failure(error) from error
 
@@ -133,7 +158,7 @@ def _first_failure(error: Any) -> Exception:
 def _dataset_maker(plan: LoopPlan, resources: Resources) -> Callable[[], Any]:
     def make() -> Any:
         """Runs in Ray Train's controller at every start of the workers: the stream of what is left."""
-        checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+        checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
         return plan.make_dataset(Progress(plan.num_samples) if checkpoint is None else checkpoint.progress, resources)
 
     return make
@@ -146,10 +171,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("dfa").setLevel(logging.INFO)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line per rank and report otherwise
     torch.set_num_threads(resources.threads)
-    checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
+    checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
     shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard("train"))
     batches = _started(iterate(shard, batch_size=plan.micro_batch, prefetch=plan.prefetch))
-    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint)
+    observers: Sequence[Observer] = ()
+    if ray.train.get_context().get_world_rank() == 0:
+        observers = (Gauges(plan.run_folder), *plan.make_observers())
+    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint, observers=observers)
     logger.info("model and optimizer are ready, waiting for the first batch")
     ready = time.time()
     result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))
@@ -172,7 +200,7 @@ def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
     return all_of_them()
 
 
-def _graceful(fit: Callable[[], Any], folder: Path) -> Any:
+def _graceful(fit: Callable[[], Any], folder: str) -> Any:
     """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint."""
     outcome: dict[str, Any] = {}
 
@@ -193,19 +221,21 @@ def _graceful(fit: Callable[[], Any], folder: Path) -> Any:
 
 
 @contextmanager
-def _stop_on_signal(folder: Path) -> Iterator[None]:
+def _stop_on_signal(folder: str) -> Iterator[None]:
     """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    stop = StopFile(folder)
+
     def handle(number: int, _: FrameType | None) -> None:
-        if (folder / STOP_NAME).exists():
+        if stop.asked():
             raise KeyboardInterrupt
         logger.warning(
             "%s: stopping after this step and writing a checkpoint (again: stop at once)", signal.Signals(number).name
         )
-        (folder / STOP_NAME).touch()
+        stop.ask()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -213,15 +243,15 @@ def _stop_on_signal(folder: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        (folder / STOP_NAME).unlink(missing_ok=True)
+        stop.withdraw()
 
 
-def _folders(folder: Path) -> dict[str, Any]:
+def _folders(folder: str) -> dict[str, Any]:
     newest = list_checkpoints(folder)[-1]
-    return {"last_checkpoint": str(newest), "best_checkpoint": str(best_checkpoint(folder) or newest)}
+    return {"last_checkpoint": newest, "best_checkpoint": best_checkpoint(folder) or newest}
 
 
-def _finished(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _finished(folder: str, checkpoint: Checkpoint) -> dict[str, Any]:
     info, best = checkpoint.info, best_checkpoint(folder)
     return {
         "step": info.step,

@@ -1,7 +1,7 @@
 """What a training run is told: numbers, and closures that build its parts inside the worker processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from dfa.data.stream import Batch
 from dfa.train.engine import EngineKind, Precision
 from dfa.train.objective import Objective, OptimizerSettings
 from dfa.train.progress import Progress
+from dfa.train.record import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class LoopPlan:
     """Decoded pixels that Ray may hold ahead of the workers."""
     max_failures: int = 0
     collective_timeout_s: int = 600
+    make_observers: Callable[[], Sequence[Observer]] = tuple
+    """Called by rank 0 at every start of the workers: who else is told each line of metrics."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +17,25 @@ from dfa.train.engine import Engine, make_engine
 from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_rate_factor, world
 from dfa.train.plan import LoopPlan
 from dfa.train.progress import Ledger, Progress
-from dfa.train.record import Recorder, duration
+from dfa.train.record import Observer, Recorder, duration
+from dfa.train.stop import StopFile
 
 logger = logging.getLogger(__name__)
-
-STOP_NAME = "stop-requested"
 
 
 class Trainer:
     """One process of a run. Make it on every rank alike, then call `train` once."""
 
-    def __init__(self, plan: LoopPlan, *, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        plan: LoopPlan,
+        *,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.rank, self.world = world()
-        self.plan, self.device, self.run = plan, device, Path(plan.run_folder)
+        self.plan, self.device, self.run = plan, device, plan.run_folder
         torch.manual_seed(plan.seed)
         self.engine = _engine(plan, device, plan.accumulation(self.world))
         self.step = self.samples_seen = self.num_rejected = 0
@@ -41,7 +46,10 @@ class Trainer:
             progress = checkpoint.progress
         self.first_step, self.interrupted = self.step, False
         self._ledger = Ledger(progress)
-        self._recorder = Recorder(self.run, rank=self.rank, first_step=self.step)
+        self._recorder = Recorder(
+            self.run, rank=self.rank, first_step=self.step, world_size=self.world, observers=observers
+        )
+        self._stop = StopFile(self.run)
         self._meter = _Meter()
         self._spare: Batch | None = None
         self._checkpoint_step = self.step if checkpoint is not None else -1
@@ -100,14 +108,13 @@ class Trainer:
         plan, accumulation = self.plan, self.engine.num_accumulation
         begin, wait_s, stopping, seen, rejected, value = time.perf_counter(), 0.0, 0.0, 0.0, 0.0, 0.0
         means: dict[str, float] = {}
-        self.engine.set_learning_rate(
-            learning_rate_factor(
-                self.samples_seen / plan.global_batch,
-                total=plan.total_steps,
-                warmup=plan.warmup_steps,
-                power=plan.decay_power,
-            )
+        self._rate_factor = learning_rate_factor(
+            self.samples_seen / plan.global_batch,
+            total=plan.total_steps,
+            warmup=plan.warmup_steps,
+            power=plan.decay_power,
         )
+        self.engine.set_learning_rate(self._rate_factor)
         torch.manual_seed(hash((plan.seed, self.step, self.rank)) % 2**63)  # dropout repeats after a resume
         for _ in range(accumulation):
             fetch = time.perf_counter()
@@ -158,7 +165,7 @@ class Trainer:
             )
 
     def _stop_requested(self) -> bool:
-        return self.rank == 0 and (self.run / STOP_NAME).exists()
+        return self.rank == 0 and self._stop.asked()
 
     def _log(self) -> None:
         values = self._meter.take()
@@ -168,7 +175,11 @@ class Trainer:
             "epoch": self.samples_seen / self.plan.num_samples,
             "num_rejected": self.num_rejected,
             "world_size": self.world,
+            "learning_rate": self.plan.optimizer.learning_rate * self._rate_factor,
+            "restarts": self._recorder.restarts,
         }
+        if self.device.type == "cuda":
+            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self._recorder.write("train", self.step, values)
         if self.rank == 0:
             eta_s = (self.plan.total_samples - self.samples_seen) / rate
@@ -233,12 +244,13 @@ class Trainer:
             model=self.plan.model_description,
         )
         if self.rank == 0:
-            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
             self._recorder.write("checkpoint", self.step, {"blocked_s": time.perf_counter() - start})
+            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
 
     _writing: Future[None] | None
 
     def _write(self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo) -> None:
+        self._recorder.sync()
         save_checkpoint(self.run, state, progress, info)
         prune(self.run, keep_last=self.plan.keep_last)
 

@@ -253,7 +253,7 @@ def test_a_store_that_fails_once_is_asked_again(way, caplog):
     assert storage.read_bytes(place) == b"data"
     assert [line.split()[0] for line in way.requests] == ["HEAD", "GET", "HEAD", "GET"]  # opened anew
     assert "once more in" in caplog.text
-    way.refuse, way.refusals = b"GET /bucket/once", 2
+    way.refuse, way.refusals = b"GET /bucket/once", 3
     with pytest.raises(OSError, match=r"bucket/once\?.* cannot be used: .*ACCESS_DENIED"):
         storage.read_bytes(place)
 
@@ -269,7 +269,7 @@ def test_a_store_that_fails_in_the_middle_of_a_shard_breaks_the_shard_by_name(wa
 
 def test_a_put_that_fails_in_the_middle_leaves_nothing_under_the_name(way, port):
     data = bytes(12 * 2**20)  # two parts of an upload
-    way.refuse, way.refusals = b"partNumber=2", 2
+    way.refuse, way.refusals = b"partNumber=2", 3
     with pytest.raises(OSError, match=r"bucket/half\?.*UploadPart"):
         put(address(way.port, "half"), data)
     assert way.refusals == 0 and not storage.exists(address(port, "half"))

@@ -248,7 +248,7 @@ def test_a_marker_that_cannot_be_fetched_does_not_count_as_unwritten(samples, tm
     with object_store() as port:
         shard_all(address(port, "x"), plan)
         way = DisturbedWay(port)
-        way.refuse, way.refusals = b"GET /bucket/x/shard-000001.json", 2
+        way.refuse, way.refusals = b"GET /bucket/x/shard-000001.json", 3
         with pytest.raises(storage.StoreError, match=r"shard-000001\.json.*ACCESS_DENIED"):
             pending(address(way.port, "x"), plan)
         assert pending(address(way.port, "x"), plan) == ()

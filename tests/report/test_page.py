@@ -3,6 +3,7 @@ import io
 import logging
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ class Reader(HTMLParser):
 
 def read(path):
     reader = Reader()
-    reader.feed(path.read_text())
+    reader.feed(Path(path).read_text())
     assert reader.open == []
     return reader
 
@@ -90,7 +91,7 @@ def test_numbers_have_one_decimal_and_missing_ones_a_dash(tmp_path):
 
 def test_bars_follow_their_numbers_and_stay_inside(tmp_path):
     table = Table("t", ("c", "IoU"), (("a", 41.0), ("b", 180.0), ("c", None), ("d", -3.0)), bar_column=1)
-    content = write_page(Report("x", tables=(table,)), tmp_path / "report.html").read_text()
+    content = Path(write_page(Report("x", tables=(table,)), tmp_path / "report.html")).read_text()
     assert re.findall(r"width:([\d.]+)%\"", content) == ["41.0", "100.0", "0.0", "0.0"]
 
 
@@ -100,7 +101,7 @@ def test_empty_parts_leave_no_headings(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path):
-    path = write_page(Report("old"), tmp_path / "deep" / "report.html")
+    path = Path(write_page(Report("old"), tmp_path / "report.html"))
     with pytest.raises(ValueError, match="PNG or JPEG"):
         write_page(Report("new", figures=(Panel("broken", b"GIF89a"),)), path)
     assert "old" in path.read_text() and [file.name for file in path.parent.iterdir()] == ["report.html"]
@@ -109,7 +110,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path):
 
 
 def test_a_reader_of_the_old_page_keeps_the_whole_old_page(tmp_path):
-    path = write_page(Report("old"), tmp_path / "report.html")
+    path = Path(write_page(Report("old"), tmp_path / "report.html"))
     with path.open() as reader:
         write_page(Report("new"), path)
         content = reader.read()
@@ -126,7 +127,7 @@ def test_a_path_that_cannot_be_replaced_leaves_no_debris(tmp_path):
 def test_a_large_page_is_written_with_a_warning(tmp_path, caplog):
     noise = encode(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
     with caplog.at_level(logging.WARNING):
-        assert write_page(Report("x", figures=(Panel("noise", noise),)), tmp_path / "report.html").exists()
+        assert Path(write_page(Report("x", figures=(Panel("noise", noise),)), tmp_path / "report.html")).exists()
     assert "large" in caplog.text
 
 

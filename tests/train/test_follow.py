@@ -25,7 +25,7 @@ def save(run: Path, step: int, val_miou: float | None = None) -> Path:
     """A checkpoint of ten samples a step, whose one weight is its step."""
     weights, first, second = ({"student.w": torch.full((3,), float(step))} for _ in range(3))
     info = CheckpointInfo(step, 10 * step, 0, val_miou, step, 1.0, ("cat", "dog"), {"clip": {}})
-    return save_checkpoint(run, EngineState(weights, first, second, step, 1.0), {}, info)
+    return Path(save_checkpoint(run, EngineState(weights, first, second, step, 1.0), {}, info))
 
 
 def plan_of(tmp_path: Path, **changes) -> FollowPlan:
@@ -89,7 +89,7 @@ def test_each_better_checkpoint_is_labelled_with_until_the_trainings_own_plan_is
 
 
 def test_a_kept_model_is_whole_and_has_no_optimizer(run, tmp_path):
-    folder = copy_model(save(run, 7), tmp_path / "kept", name="step-00000007-aa")
+    folder = Path(copy_model(save(run, 7), tmp_path / "kept", name="step-00000007-aa"))
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "state.json"]
     assert load_weights(folder, class_names=None)[0]["student.w"].tolist() == [7.0] * 3
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000007-aa"]

@@ -16,7 +16,8 @@ from dfa.train.objective import LossPart, NonFiniteLossError
 from dfa.train.plan import LoopPlan, derive_resources
 from dfa.train.progress import Progress
 from dfa.train.record import read_metrics
-from dfa.train.worker import STOP_NAME, Trainer
+from dfa.train.stop import STOP_NAME
+from dfa.train.worker import Trainer
 from tests.train.toy import ToyObjective, local_batches, toy_plan, write_toy_shards
 
 CPU = torch.device("cpu")

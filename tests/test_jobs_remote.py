@@ -1,0 +1,86 @@
+"""Labelling, prediction, evaluation and report of a run in an object store, against the same run in a folder."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfa
+from dfa import build
+from dfa.config import load
+from dfa.data import storage, writer
+from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
+from dfa.train.objective import EngineState
+from dfa.train.record import Recorder
+from dfa.world.folder import write_voc
+from jobs import evaluate, predict, pseudo_label, report
+from tests.data.object_store import address, object_store
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The same untrained run twice, in a folder and in a store; shards and pictures are in a folder."""
+    root = tmp_path_factory.mktemp("remote")
+    small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4", "label.png=true"]
+    paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
+    local = load("demo", ["clip.checkpoint=random", *paths, *small, "label.coco=true", "evaluate.flip=false"])
+    local.data.root = str(write_voc(root / "world", seed=1, num_train=4, num_val=3))
+    names = build.class_set(local).names
+    for split in ("train", "val"):
+        local.data.split, folder = split, getattr(local.shards, split)
+        plan = writer.plan_shards(
+            build.source(local), class_names=names, seed=0, shuffle=True, samples_per_shard=2, max_pixels=20_000
+        )
+        writer.write_plan(folder, plan)
+        for item in plan.items:
+            writer.write_shard(folder, item)
+        writer.finish(folder, plan, max_reject_share=0)
+    local.predict.input = str(root / "photos")
+    Path(local.predict.input).mkdir()
+    for path in sorted((root / "world").rglob("*.jpg"))[:3]:
+        (root / "photos" / path.name).write_bytes(path.read_bytes())
+    student = build.segmenter(local, torch.device("cpu")).student
+    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
+    with object_store() as port:
+        remote = copy.deepcopy(local)
+        remote.run = address(port, "runs/owls")
+        for config in (local, remote):
+            info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
+            save_checkpoint(config.run, EngineState(weights, {}, {}, 0, 1.0), {}, info)
+            recorder = Recorder(config.run, rank=0, first_step=0)
+            recorder.write("train", 1, {"loss": 1.0})
+            recorder.close()
+        yield local, remote
+
+
+def contents(folder):
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_names(folder)}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_labels_predictions_and_scores_of_a_remote_run_are_those_of_a_local_one(configs):
+    labelled = [pseudo_label.work(config) for config in configs]
+    predicted = [predict.work(config) for config in configs]
+    scored = [evaluate.work(config) for config in configs]
+    for key, results in {"labels": labelled, "png_folder": labelled, "output": predicted}.items():
+        local, remote = (contents(result[key]) for result in results)
+        same = [name for name in local if name.endswith((".tar", ".png"))]
+        assert same and {name: remote[name] for name in same} == {name: local[name] for name in same}
+    assert predicted[1]["output"] == storage.join(configs[1].run, "predict/photos")
+    assert storage.exists(storage.join(configs[1].run, "labels/train_quality/quality.html"))
+    for key in ("seed_miou", "mask_miou", "val_miou", "per_class"):
+        assert scored[1][key] == scored[0][key]
+    assert storage.read_json(storage.join(configs[1].run, "evaluate.json"))["val_miou"] == scored[1]["val_miou"]
+    page = report.work(configs[1])["report"]
+    assert page == storage.join(configs[1].run, "report.html")
+    assert b"The parts of the loss" in storage.read_bytes(page)
+    assert storage.read_bytes(storage.join(configs[1].run, "examples.png")).startswith(b"\x89PNG")
+
+
+def test_a_model_is_loaded_from_an_address(configs):
+    local, remote = (dfa.load(config.run, scales=(1.0,), flip=False) for config in configs)
+    picture = next(Path(configs[0].predict.input).iterdir())
+    assert (local.predict(picture).scores == remote.predict(picture).scores).all()
+    with pytest.raises(ValueError, match=r"runs/nothing\?.* is no folder with state\.json or checkpoints/ in it"):
+        dfa.load(configs[1].run.replace("runs/owls", "runs/nothing"))
