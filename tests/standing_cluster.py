@@ -60,8 +60,11 @@ class StandingCluster:
     def environment(self, **changes: str | None) -> dict[str, str]:
         """Of nodes and of the submitter. A change to None removes a variable."""
         kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "OMP_NUM_THREADS": "1"}
-        return {k: v for k, v in (kept | token | changes).items() if v is not None}
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "OMP_NUM_THREADS": "1"}
+        own["RAY_worker_niceness"] = (
+            "0"  # 15 by default: beside any other load of this machine the workers would starve
+        )
+        return {k: v for k, v in (kept | own | changes).items() if v is not None}
 
     def add_node(self, *options: str) -> subprocess.Popen[str]:
         ports = [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]

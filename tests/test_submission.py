@@ -1,26 +1,24 @@
 """Jobs on a real cluster that asks for a token: submitted, failing, stopped and submitted again, while nodes come and go."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
-from PIL import Image
 
 from dfa import build
 from dfa.config import load
 from dfa.data import writer
-from dfa.data.shards import load_index
 from dfa.train.checkpoint import list_checkpoints, read_info
 from dfa.world.folder import write_voc
 from jobs import INTERRUPTED
 from tests.standing_cluster import RAY, ROOT, StandingCluster, result_of, wait_for
 
 RUNTIME_ENV = ROOT / "cluster/runtime_env.yaml"
+NUM_PHOTOS = 400
 TINY = [
     "decoder.width=32",
     "decoder.depth=1",
@@ -133,31 +131,53 @@ def test_a_stopped_training_leaves_a_checkpoint_and_continues_when_submitted_aga
     assert (continued["step"], continued["steps_made"], continued["interrupted"]) == (result["step"] + 2, 2, False)
 
 
-def test_a_node_that_joins_and_leaves_during_a_job_costs_nothing(cluster, runtime_env, data):
-    photos, scenes = data / "photos", sorted(data.glob("world/**/*.jpg"))
-    photos.mkdir()
+@pytest.fixture(scope="module")
+def photos(data):
+    """More pictures than are predicted before a test interferes."""
+    folder, scenes = data / "photos", sorted(data.glob("world/**/*.jpg"))
+    folder.mkdir()
     for number in range(NUM_PHOTOS):
-        (photos / f"{number:04d}.jpg").write_bytes(scenes[number % len(scenes)].read_bytes())
-    paths = f"run={data}/run predict.input={photos} data.samples_per_shard=8 label.batch_size=4 predict.png=false"
-    name = cluster.submit(f"jobs.predict demo {paths} {' '.join(TINY)}", runtime_env)
-    output = data / "run/predict/photos"
+        (folder / f"{number:04d}.jpg").write_bytes(scenes[number % len(scenes)].read_bytes())
+    return folder
 
-    def committed() -> int:
-        return len(list(output.glob("shard-*.json")))
 
-    wait_for(lambda: committed() or cluster.job(name)["status"] == "FAILED", "the first shard")
+def predict_job(data: Path, photos: Path, output: Path) -> str:
+    paths = [f"run={data}/run", f"predict.input={photos}", f"predict.output={output}", "predict.png=false"]
+    return " ".join(["jobs.predict", "demo", *paths, "data.samples_per_shard=8", "label.batch_size=4", *TINY])
+
+
+def committed(output: Path) -> int:
+    return len(list(output.glob("shard-*.json")))
+
+
+def test_a_node_that_joins_and_leaves_during_a_job_costs_nothing(cluster, runtime_env, data, photos):
+    output = data / "masks"
+    name = cluster.submit(predict_job(data, photos, output), runtime_env)
+    wait_for(lambda: committed(output) or cluster.job(name)["status"] == "FAILED", "the first shard")
     node = cluster.add_node(f"--address={cluster.address}", "--num-cpus=1")
     wait_for(lambda: cluster.num_alive() == 2, "the second node")
-    before = committed()
-    wait_for(lambda: committed() >= before + 2 or cluster.job(name)["status"] != "RUNNING", "work with it")
-    assert cluster.job(name)["status"] == "RUNNING", "the job was over before the node could leave it"
+    before = committed(output)
+    wait_for(lambda: committed(output) >= before + 2 or cluster.job(name)["status"] != "RUNNING", "work beside it")
+    assert cluster.job(name)["status"] == "RUNNING", f"over before the node could leave: {cluster.log(name)}"
     cluster.kill_node(node)
     assert cluster.finished(name) == "SUCCEEDED", cluster.log(name)
     result = cluster.result(name)
     assert (result["num_images"], result["num_rejects"], result["predicted_now"]) == (NUM_PHOTOS, 0, NUM_PHOTOS)
 
 
-NUM_PHOTOS = 400
+def test_a_driver_that_is_told_to_stop_exits_with_130_and_keeps_its_shards(cluster, submitted, data, photos):
+    output = data / "stopped_masks"
+    command = [sys.executable, "-m", *predict_job(data, photos, output).split()]
+    environment = cluster.environment(RAY_ADDRESS=cluster.address)
+    driver = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: committed(output) or driver.poll() is not None, "the first shard")
+    driver.send_signal(signal.SIGTERM)
+    printed, log = driver.communicate(timeout=60)
+    assert (driver.returncode, printed) == (INTERRUPTED, ""), log
+    assert "Traceback" not in log
+    assert 0 < committed(output) < NUM_PHOTOS / 8
 
 
 def connect(cluster: StandingCluster, **changes: str | None) -> subprocess.CompletedProcess[str]:
