@@ -52,9 +52,17 @@ def run(work: Callable[[], Result]) -> None:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    _leave_ray()
     print(json.dumps(result), flush=True)
     if result.get("interrupted"):
         raise SystemExit(INTERRUPTED)
+
+
+def _leave_ray() -> None:
+    """Ray hands on what its workers print until it is left; the result comes after that."""
+    ray = sys.modules.get("ray")  # a job without Ray need not import it
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:

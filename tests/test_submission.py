@@ -87,7 +87,7 @@ def test_a_submitted_training_succeeds_and_its_result_is_the_last_json_line(clus
     result = result_of(printed)
     assert (result["job"], result["step"], result["run"]) == ("train", 2, str(data / "run"))
     assert [read_info(each).step for each in list_checkpoints(data / "run")] == [2]
-    assert cluster.result(job["submission_id"]) == result
+    assert json.loads(cluster.log(job["submission_id"]).splitlines()[-1]) == result
 
 
 def test_the_uploaded_working_directory_holds_the_code_and_no_data(cluster, submitted):
