@@ -45,7 +45,7 @@ class StandingCluster:
 
     def __init__(self, *, num_cpus: int) -> None:
         # In a folder of its own: otherwise Ray would tell every later job of this machine to connect here.
-        self.folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: socket paths have a limit
+        self.folder = Path(tempfile.mkdtemp(prefix="dfa"))  # short: socket paths have a limit
         self.token_file = self.folder / "token"
         self.token_file.write_text(secrets.token_hex(32))
         port, self.dashboard = free_port(), f"http://127.0.0.1:{free_port()}"
@@ -85,7 +85,8 @@ class StandingCluster:
         for node in reversed(self.nodes):
             if node.poll() is None:
                 self.kill_node(node)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # Entry points that still run are killed by Ray within a second, and write until then.
+        wait_for(lambda: not shutil.rmtree(self.folder, ignore_errors=True) and not self.folder.exists(), "the end", 20)
 
     def num_alive(self) -> int:
         """Nodes that the head counts."""
