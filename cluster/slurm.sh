@@ -55,7 +55,10 @@ srun --nodes=1 --ntasks=1 --overlap --nodelist="$head_node" \
     env -u RAY_ADDRESS ray start --head --node-ip-address="$head_ip" --port="$PORT" --include-dashboard=false \
     --temp-dir="$FOLDER" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-    sleep "${DFA_HEAD_START_S:-15}"
+    for ((i = 0; i < 150; i++)); do # until the head listens
+        if (: <"/dev/tcp/$head_ip/$PORT") 2>/dev/null; then break; fi
+        sleep 2
+    done
     others=$((SLURM_JOB_NUM_NODES - 1))
     srun --nodes="$others" --ntasks="$others" --overlap --exclude="$head_node" \
         env -u RAY_ADDRESS ray start --address="$head_ip:$PORT" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
