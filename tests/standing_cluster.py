@@ -104,6 +104,9 @@ class StandingCluster:
         return sum(node["state"] == "ALIVE" for node in found)
 
     def submit(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+        # Beside other clusters of this machine: Ray Train's helpers would look for their own in the wrong one.
+        env_vars = {**runtime_env.get("env_vars", {}), "RAY_ADDRESS": self.address}
+        runtime_env = {**runtime_env, "env_vars": env_vars}
         body = {"entrypoint": f"{sys.executable} -m {entrypoint}", "runtime_env": runtime_env}
         answer = requests.post(f"{self.dashboard}/api/jobs/", json=body, headers=self._headers, timeout=60)
         answer.raise_for_status()
