@@ -23,6 +23,7 @@ from dfa.config import Config, load
 from dfa.train.loop import start_ray
 from dfa.world.folder import write_voc
 from jobs import Result, evaluate, pseudo_label, report, run, shard, train
+from jobs.submitted import absolute_paths
 
 log = logging.getLogger("jobs.demo")
 _MARKER = "demo.json"
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     choices = {name: getattr(arguments, name) for name in ("fresh", "second_stage", "supervised")}
-    run(lambda: work(load(arguments.conf, arguments.overrides), **choices))
+    run(lambda: work(absolute_paths(load(arguments.conf, arguments.overrides), kept=("run",)), **choices))
 
 
 if __name__ == "__main__":

@@ -72,4 +72,4 @@ def _write_all(root: str, pending: list[writer.PlanItem]) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, work)
+    main(__doc__, work, kept=("data.output",))

@@ -12,7 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["core", "data", "clip", "label", "model", "report", "train", "world", "config", "build"]
 DOORS = {
-    "ray": {"dfa/data/stream", "dfa/label/factory", "dfa/label/slots", "dfa/train/loop", "dfa/train/gauges", "jobs/"},
+    "ray": {
+        "dfa/data/stream",
+        "dfa/label/factory",
+        "dfa/label/slots",
+        "dfa/train/cluster",
+        "dfa/train/gauges",
+        "dfa/train/loop",
+        "jobs/",
+    },
     "deepspeed": {"dfa/train/engine"},
     "open_clip": {"dfa/clip", "dfa/world/pretrain"},
     "webdataset": {"dfa/data/shards", "jobs/bench/contenders"},

@@ -27,6 +27,7 @@ import torch
 from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
+from dfa.train.cluster import join_cluster
 from dfa.train.gauges import Gauges
 from dfa.train.plan import LoopPlan, Resources, derive_resources
 from dfa.train.progress import Progress
@@ -53,7 +54,7 @@ _ENVIRONMENT = {
 def start_ray(num_cpus: int | None = None) -> None:
     """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already.
 
-    ``num_cpus`` is for tests only: a cluster that exists refuses it.
+    ``num_cpus`` is for tests only: a cluster that exists refuses it. Errors as in `join_cluster`.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -61,7 +62,7 @@ def start_ray(num_cpus: int | None = None) -> None:
         return
     handler = signal.getsignal(signal.SIGTERM)
     # with the dashboard: without it Ray Train warns every second, and its process runs all the same
-    ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
+    join_cluster(num_cpus)
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place, which aborts
 

@@ -1,0 +1,103 @@
+#!/bin/bash
+# A job of jobs/ on several nodes: sbatch cluster/slurm.sh jobs.train voc_dfa run=/shared/runs/voc ... , from the checkout.
+# Two minutes before its time is over (or when it is preempted) the job is told to stop, writes a checkpoint and goes back
+# into the queue; there it continues. Before: an environment with requirements.txt in .venv, on a file system of all nodes.
+#SBATCH --job-name=dfa
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=1
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+# B: to this script alone. Without it Slurm would signal Ray's own processes, and the nodes would be gone before the checkpoint.
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "usage: sbatch cluster/slurm.sh JOB CONF key=value ..." >&2
+    exit 2
+fi
+readonly PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+readonly FOLDER=/tmp/ray-$SLURM_JOB_ID
+readonly STOPPED=130 # exit code of a job that was told to stop
+PATH=${DFA_ENVIRONMENT:-$PWD/.venv}/bin:$PATH
+export PATH
+
+RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))') # srun hands it to all nodes
+export RAY_AUTH_MODE RAY_AUTH_TOKEN
+export RAY_USAGE_STATS_ENABLED=0
+
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address | awk '{print $1; exit}')
+export RAY_ADDRESS=$head_ip:$PORT
+
+driver=
+stopping=
+# shellcheck disable=SC2329  # by the trap below
+stop() {
+    stopping=yes
+    [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true
+}
+trap stop TERM
+# shellcheck disable=SC2329
+end_ray() {
+    # shellcheck disable=SC2046  # a word each
+    kill $(jobs -p) 2>/dev/null || true
+    wait
+}
+trap end_ray EXIT
+
+# RAY_ADDRESS is for the job: `ray start` refuses to start a head where it is set.
+srun --nodes=1 --ntasks=1 --overlap --nodelist="$head_node" \
+    env -u RAY_ADDRESS ray start --head --node-ip-address="$head_ip" --port="$PORT" --include-dashboard=false \
+    --temp-dir="$FOLDER" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    for ((i = 0; i < 150; i++)); do # until the head listens
+        if (: <"/dev/tcp/$head_ip/$PORT") 2>/dev/null; then break; fi
+        sleep 2
+    done
+    others=$((SLURM_JOB_NUM_NODES - 1))
+    srun --nodes="$others" --ntasks="$others" --overlap --exclude="$head_node" \
+        env -u RAY_ADDRESS ray start --address="$head_ip:$PORT" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
+fi
+# A job that starts before its nodes would be refused its workers.
+python - "$SLURM_JOB_NUM_NODES" <<'EOF'
+import sys, time
+from dfa.train.cluster import NoClusterError, join_cluster
+import ray
+
+deadline = time.monotonic() + 300
+while True:
+    try:
+        if not ray.is_initialized():
+            join_cluster()
+        alive = sum(node["Alive"] for node in ray.nodes())
+        if alive >= int(sys.argv[1]):
+            break
+        reason = f"{alive} of {sys.argv[1]} nodes have joined"
+    except NoClusterError as error:
+        reason = str(error)
+    if time.monotonic() > deadline:
+        sys.exit(f"the cluster did not come up in 300 s: {reason}")
+    time.sleep(2)
+EOF
+
+code=0
+if [ -z "$stopping" ]; then
+    python -m "$@" &
+    driver=$!
+    # A trapped signal ends `wait` early; the job's own end is what counts.
+    while kill -0 "$driver" 2>/dev/null; do
+        code=0
+        wait "$driver" || code=$?
+    done
+else
+    code=$STOPPED
+fi
+if [ -n "$stopping" ] && [ "$code" -eq "$STOPPED" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
