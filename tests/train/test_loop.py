@@ -68,8 +68,13 @@ def test_an_interrupted_run_continues_at_another_size_and_sees_each_sample_once(
 
 
 def consumed(progress: toy.Progress) -> set[tuple[int, int]]:
-    finished = {(e, n) for e in range(progress.finished_epochs) for n in range(progress.num_samples)}
-    return finished | {(e, int(n)) for e, bits in progress.open_epochs.items() for n in np.flatnonzero(bits)}
+    found = {(e, n) for e in range(progress.finished_epochs) for n in range(progress.num_samples)}
+    offsets = shard_offsets(progress.shard_sizes.tolist())
+    for number, epoch in progress.open_epochs.items():
+        for shard, size in enumerate(progress.shard_sizes.tolist()):
+            rows = np.flatnonzero(epoch.is_consumed(shard, np.arange(size)))
+            found |= {(number, int(offsets[shard] + row)) for row in rows}
+    return found
 
 
 def specified(index: ShardIndex, num_samples: int) -> set[tuple[int, int]]:
