@@ -115,6 +115,7 @@ def write_rows(run: Path | str, rows: Sequence[Row], *, step: int, continues_fro
     """Write what was consumed up to `step` since the checkpoint of `continues_from`; to be called before step's own."""
     columns = {each.name: [getattr(row, each.name) for row in rows] for each in fields(Row)}
     schema = _SCHEMA.with_metadata({_PARENT: str(continues_from).encode()})
+    storage.make_folder(_folder(run))
     table = pyarrow.table(columns | {"attempt": [attempt] * len(rows)}, schema=schema)
     address = storage.join(_folder(run), f"{_STEP}{step:08d}.parquet")
     storage.write_atomic(address, lambda file: pyarrow.parquet.write_table(table, file, compression="zstd"))

@@ -47,13 +47,18 @@ _ENVIRONMENT = {
 }
 
 
+def prepare_environment() -> None:
+    """Settings that Ray's processes inherit, wherever the environment does not say otherwise."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def start_ray(num_cpus: int | None = None) -> None:
     """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already.
 
     ``num_cpus`` is for tests only: a cluster that exists refuses it.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     if ray.is_initialized():
         return
     handler = signal.getsignal(signal.SIGTERM)

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -40,7 +41,7 @@ NUM_SAMPLES, NUM_EPOCHS, BATCH = 600, 3, 12
 _SHARD, _CROP, _CLASSES = 50, 16, ("red", "green", "blue")
 _STEP_S = 0.1  # a step takes at least so long, or the run would be over before it could be disturbed
 _LATEST_S = 1.5  # a fault comes within so many seconds after the first step
-_PATIENCE_S = 300.0
+_PATIENCE_S = 900.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,13 @@ class Machines:
     """A head of one CPU and a second node of one CPU, all processes of this machine."""
 
     def __init__(self) -> None:
+        loop.prepare_environment()
         self._folder = tempfile.mkdtemp(prefix="ray")  # of its own, and short: socket paths have a limit
-        head = {"num_cpus": 1, "temp_dir": self._folder, "include_dashboard": True}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        os.environ["RAY_ADDRESS"] = self._cluster.address or ""
+        port = _free_port()
+        # Known before anything starts, so that no process looks for a cluster and finds somebody else's.
+        os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+        head = {"num_cpus": 1, "gcs_server_port": port, "dashboard_port": _free_port(), "temp_dir": self._folder}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": True})
         loop.start_ray()
         self._nodes: list[Any] = []
         self.join()
@@ -104,6 +108,12 @@ class Machines:
     def close(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def make_shards(folder: Path) -> ShardIndex:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -269,3 +270,31 @@ def test_ranks_share_the_validation_samples(index: ShardIndex, world: int) -> No
         assert batch.image_B3HW.shape[2:] == batch.mask_BHW.shape[1:] == (16, 16)
         assert (batch.mask_BHW[:, 0, 0].int() == batch.labels_BC.int().argmax(1) + 1).all()
         assert len(batch) <= 3
+
+
+def test_a_shard_that_cannot_be_read_for_a_moment_is_read_again(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.05, 0.3, 2.0))
+    shard = tmp_path / "shard.tar"
+    shard.mkdir()  # opening a folder is an OSError, as a failing disk is
+
+    def mend() -> None:
+        shard.rmdir()
+        shutil.copy(index.path(index.shards[0].name), shard)
+
+    timer = threading.Timer(0.2, mend)
+    timer.start()
+    reader = Reader(str(shard), 0, 3, 5, CROP, False)
+    (columns,) = reader.blocks(0, np.arange(7, dtype=np.int32), dict)
+    timer.join()
+    assert columns["sample"].tolist() == list(range(7))
+    assert "shard.tar is read again in" in caplog.text
+
+
+def test_a_shard_that_stays_unreadable_is_given_up_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.01, 0.01))
+    (tmp_path / "shard.tar").mkdir()
+    reader = Reader(str(tmp_path / "shard.tar"), 0, 3, 5, CROP, False)
+    with pytest.raises(BrokenShardError, match=r"shard\.tar: given up after 3 reads: .*Is a directory"):
+        list(reader.blocks(0, np.arange(7, dtype=np.int32), dict))
