@@ -17,7 +17,7 @@ _LIMITS_S = {"kill": 25.0, "leave": 45.0}
 
 def faults(repeats: int) -> Result:
     """Seeds 0 .. repeats - 1; the cluster stays up between them."""
-    from jobs.bench.faulty import NUM_EPOCHS, NUM_SAMPLES, Machines, disturbed_run, make_shards
+    from jobs.bench.faulty import NUM_EPOCHS, NUM_SAMPLES, Machines, disturbed_run, make_shards, random_events
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     runs: list[Any] = []
@@ -27,7 +27,14 @@ def faults(repeats: int) -> Result:
         try:
             for seed in range(repeats):
                 runs.append(
-                    disturbed_run(machines, Path(folder) / f"run{seed}", index, seed=seed, kills=_KILLS, engine="auto")
+                    disturbed_run(
+                        machines,
+                        Path(folder) / f"run{seed}",
+                        index,
+                        seed=seed,
+                        events=random_events(seed, _KILLS),
+                        engine="auto",
+                    )
                 )
                 logging.getLogger("jobs.bench").info("%s", runs[-1])
                 loads.append(os.getloadavg()[0])

@@ -1,6 +1,7 @@
 """One training run on a simulated cluster whose workers are killed and whose nodes leave and join.
 
-`python -m jobs.bench.faulty FOLDER SEED` makes one in an empty folder and prints what became of it as one JSON line.
+`python -m jobs.bench.faulty FOLDER SEED [EVENT,EVENT,...]` makes one in an empty folder and prints what became of it as one
+JSON line.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import ray
 import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from torch import Tensor, nn
 
 from dfa.data.reading import CropSettings
@@ -32,7 +34,7 @@ from dfa.data.shards import ShardIndex, read_samples
 from dfa.data.stream import Batch, train_stream
 from dfa.data.writer import finish, plan_shards, write_plan, write_shard
 from dfa.train import history, loop
-from dfa.train.checkpoint import latest_checkpoint
+from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
 from dfa.train.objective import LossPart, Objective, OptimizerSettings, ParameterGroup
 from dfa.train.plan import LoopPlan, Readers
 from dfa.train.progress import Progress
@@ -42,6 +44,7 @@ _SHARD, _CROP, _CLASSES = 50, 16, ("red", "green", "blue")
 _STEP_S = 0.1  # a step takes at least so long, or the run would be over before it could be disturbed
 _LATEST_S = 1.5  # a fault comes within so many seconds after the first step
 _PATIENCE_S = 900.0
+_NOTICE_S = 60.0  # of a node that will be taken away; it goes when the run has answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,15 @@ class Machines:
     def leave(self) -> None:
         """Kill the second node and all on it."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def warn(self, seconds: float) -> None:
+        """Tell Ray that the second node will be taken away, as a cloud's notice of preemption does."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * (time.time() + seconds))
+        gcs = ray._raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
+        accepted, message = gcs.drain_node(self._nodes[-1].node_id, reason, "simulated preemption", deadline_ms)
+        if not accepted:
+            raise RuntimeError(f"the node cannot be drained: {message}")
 
     def close(self) -> None:
         ray.shutdown()
@@ -186,47 +198,59 @@ def make_plan(folder: Path, index: ShardIndex, *, engine: Any, step_s: float = _
         keep_last=2,
         log_every=10,
         seed=0,
-        collective_timeout_s=60,
+        collective_timeout_s=20,
         keep_history=True,
     )
 
 
-def disturbed_run(
-    machines: Machines, folder: Path, index: ShardIndex, *, seed: int, kills: int, engine: Any
-) -> Outcome:
-    """Train to the end while `kills` workers are killed, the second node leaves and another joins, at random moments."""
-    rng, plan = random.Random(seed), make_plan(folder, index, engine=engine)
-    events = ["kill"] * kills
+def random_events(seed: int, kills: int) -> list[str]:
+    """Kills, and among them a node that leaves and later one that joins."""
+    rng, events = random.Random(seed), ["kill"] * kills
     events.insert(rng.randint(1, kills - 1), "leave")
     events.insert(rng.randint(events.index("leave") + 1, kills), "join")
+    return events
+
+
+def disturbed_run(
+    machines: Machines, folder: Path, index: ShardIndex, *, seed: int, events: list[str], engine: Any
+) -> Outcome:
+    """Train to the end while things happen at random moments.
+
+    kill, hang: a worker gets SIGKILL, or SIGSTOP. leave: the second node is lost; drain: so it is, with notice. join:
+    another comes.
+    """
+    rng, plan = random.Random(seed), make_plan(folder, index, engine=engine)
     outcome: dict[str, Any] = {}
     runner = threading.Thread(target=lambda: outcome.update(loop.run(plan)), daemon=True)
-    started, recovery_s = time.time(), {"kill": [], "leave": []}
+    started, struck_at, last = time.time(), time.time(), ""
+    recovery_s: dict[str, list[float]] = {}
     runner.start()
-    struck_at, last = started, ""
-    for event in events:
+    for event in [*events, ""]:
         first_step_at = _first_step_after(plan.run_folder, struck_at, runner)
-        if last in recovery_s:
-            recovery_s[last].append(first_step_at - struck_at)
+        if last:
+            recovery_s.setdefault(last, []).append(first_step_at - struck_at)
+        if event == "":
+            break
         time.sleep(rng.uniform(0.0, _LATEST_S))
         if event == "join":
             machines.join()  # struck_at stays: who trains goes on
             last = ""
             continue
+        if event == "drain":
+            _drain(machines, plan, runner)
         struck_at, last = time.time(), event
-        if event == "kill":
-            _kill_one(folder / "pids", rng)
+        if event in ("kill", "hang"):
+            _signal_one(folder / "pids", rng, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
         else:
             machines.leave()
-    recovery_s[last].append(_first_step_after(plan.run_folder, struck_at, runner) - struck_at)
     runner.join()
     if "step" not in outcome:
         raise RuntimeError(f"the run of seed {seed} did not end well")
     verdict, attempts = _verify(plan, index), history.read_attempts(plan.run_folder)
     return Outcome(
         seed=seed,
-        kills=kills,
-        node_events=2,
+        kills=events.count("kill"),
+        node_events=len([event for event in events if event in ("leave", "join", "drain")]),
         restarts=len(attempts) - 1,
         num_workers=[attempt.num_workers for attempt in attempts],
         seconds=time.time() - started,
@@ -234,6 +258,17 @@ def disturbed_run(
         verdict=dataclasses.asdict(verdict),
         exactly_once=verdict.exactly_once and verdict.num_epochs == NUM_EPOCHS,
     )
+
+
+def _drain(machines: Machines, plan: LoopPlan, runner: threading.Thread) -> None:
+    """Give notice, and wait for the checkpoint that answers it: at a step at which none is due."""
+    machines.warn(_NOTICE_S)
+
+    def answered() -> bool:
+        names = [path.name for path in list_checkpoints(Path(plan.run_folder))]
+        return any(int(name.rpartition("-")[2]) % plan.checkpoint_every for name in names)
+
+    _wait(answered, runner)
 
 
 def _verify(plan: LoopPlan, index: ShardIndex) -> history.Verdict:
@@ -259,12 +294,12 @@ def _first_step_after(run: str, moment: float, runner: threading.Thread) -> floa
     return _wait(find, runner)
 
 
-def _kill_one(pids: Path, rng: random.Random) -> None:
+def _signal_one(pids: Path, rng: random.Random, number: signal.Signals) -> None:
     def alive() -> list[int]:
         found = sorted(int(path.name) for path in pids.iterdir())
         return [pid for pid in found if Path(f"/proc/{pid}").exists()]
 
-    os.kill(rng.choice(_wait(alive, None)), signal.SIGKILL)
+    os.kill(rng.choice(_wait(alive, None)), number)
 
 
 def _wait(find: Callable[[], Any], runner: threading.Thread | None) -> Any:
@@ -276,12 +311,12 @@ def _wait(find: Callable[[], Any], runner: threading.Thread | None) -> Any:
     return found
 
 
-def main(folder: str, seed: str) -> None:
+def main(folder: str, seed: str, events: str = "") -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    index = make_shards(Path(folder) / "images")
-    machines = Machines()
+    index, machines = make_shards(Path(folder) / "images"), Machines()
+    chosen = events.split(",") if events else random_events(int(seed), 5)
     try:
-        outcome = disturbed_run(machines, Path(folder), index, seed=int(seed), kills=5, engine="torch")
+        outcome = disturbed_run(machines, Path(folder), index, seed=int(seed), events=chosen, engine="torch")
     finally:
         machines.close()
     print(json.dumps(dataclasses.asdict(outcome)))
