@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 import ray
 import torch
 from PIL import Image
+from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ from dfa.train.progress import Progress
 NUM_SAMPLES, NUM_EPOCHS, BATCH = 600, 3, 12
 _SHARD, _CROP, _CLASSES = 50, 16, ("red", "green", "blue")
 _STEP_S = 0.1  # a step takes at least so long, or the run would be over before it could be disturbed
-_LATEST_S = 1.5  # a fault comes within so many seconds after the first step
+_LATEST_S = 2.5  # a fault comes within so many seconds after the first step
 _PATIENCE_S = 900.0
 _NOTICE_S = 60.0  # of a node that will be taken away; it goes when the run has answered
 
@@ -120,6 +122,8 @@ class Machines:
     def close(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
+        reset_ray_address()  # Ray would tell later jobs of this machine to connect here
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _free_port() -> int:
@@ -149,7 +153,7 @@ def make_shards(folder: Path) -> ShardIndex:
 
 
 def make_plan(folder: Path, index: ShardIndex, *, engine: Any, step_s: float = _STEP_S) -> LoopPlan:
-    """Three epochs on one to two workers, a checkpoint every ten steps."""
+    """Three epochs on one to two workers, a checkpoint every five steps."""
     pids, sizes = folder / "pids", tuple(shard.num_samples for shard in index.shards)
     total_steps = NUM_EPOCHS * NUM_SAMPLES // BATCH
 
@@ -194,7 +198,8 @@ def make_plan(folder: Path, index: ShardIndex, *, engine: Any, step_s: float = _
         resize_interval_s=5.0,
         use_gpu=False,
         validate_every=0,
-        checkpoint_every=10,
+        checkpoint_every=5,
+        max_failures=20,  # chance may strike before there is a checkpoint
         keep_last=2,
         log_every=10,
         seed=0,
