@@ -76,7 +76,8 @@ def run(plan: LoopPlan) -> dict[str, Any]:
 
     Returns:
         Numbers of the run: step, samples_seen, num_rejected, val_miou, best_val_miou, interrupted, world_size,
-            images_per_s, data_wait, seconds, start_s (from the call to a ready model), best_checkpoint and
+            samples_left_in_epoch, images_per_s, data_wait, checkpoint_share (of the time, waiting for checkpoints and
+            reports), seconds, start_s (from the call to a ready model), best_checkpoint and
             last_checkpoint (folders).
 
     Raises:
@@ -120,8 +121,8 @@ def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
         run_config=ray.train.RunConfig(
             storage_path=str(folder / "ray"),
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            failure_config=ray.train.FailureConfig(max_failures=-1),  # `_Failures` decides
-            callbacks=[_Failures(plan)],
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
+            callbacks=[Failures(plan)],
         ),
     )
     try:
@@ -130,7 +131,7 @@ def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
         raise error.controller_failure from error
 
 
-class _Failures(ray.train.UserCallback):
+class Failures(ray.train.UserCallback):
     """Ends a run, in Ray Train's controller, when trying again cannot help: an error that the same input gives again, or
     too many failures in a row without a checkpoint between them."""
 

@@ -60,7 +60,7 @@ class Trainer:
         self._meter = _Meter()
         self._spare: Batch | None = None
         self._checkpoint_step = self.step if checkpoint is not None else 0
-        self._writer, self._writing = ThreadPoolExecutor(1), None
+        self._writer, self._writing, self._checkpoint_s = ThreadPoolExecutor(1), None, 0.0
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         info = checkpoint.info
@@ -111,10 +111,12 @@ class Trainer:
                 self._log()
             improved = self._validate() if self._validation_due(done) else False
             if done or improved or self._leaving or self.step % plan.checkpoint_every == 0:
+                begin = time.perf_counter()
                 self._save()
                 if self._leaving:
                     self._finish_writing()
                 report({"step": self.step, "samples_seen": self.samples_seen, "val_miou": self.last_miou})
+                self._checkpoint_s += time.perf_counter() - begin
         self._finish_writing()
         self._recorder.close()
         return self._result(time.perf_counter() - start)
@@ -290,6 +292,7 @@ class Trainer:
             "interrupted": self.interrupted,
             "world_size": self.world,
             "seconds": seconds,
+            "checkpoint_share": self._checkpoint_s / max(seconds, 1e-9),
             **meter,
         }
 

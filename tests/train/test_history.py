@@ -1,5 +1,6 @@
 """The history tells an exact run from one that repeats, loses, mistakes or shuffles samples, without looking at progress."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,8 @@ def train(plan: LoopPlan, index: ShardIndex, fail_after: int | None = None) -> N
     def batches() -> Iterator[Batch]:
         for number, batch in enumerate(local_batches(plan, index, progress)):
             if number == fail_after:
+                while number and not (Path(plan.run_folder) / "checkpoints" / "step-00000006").exists():
+                    time.sleep(0.01)  # it is written in the background
                 raise OSError("power cut")
             yield batch
 
@@ -103,13 +106,18 @@ def test_what_a_crash_took_back_is_not_in_the_history(tmp_path: Path, index: Sha
     newest = list_checkpoints(tmp_path)[-1]
     assert newest.name == "step-00000006"
     (newest / "state.json").write_text("torn")  # so the restart goes back to step 4, and step 6 is done again
+    with pytest.raises(OSError, match="power cut"):
+        train(plan, index, fail_after=0)
+    names = sorted(path.name for path in (tmp_path / "history").glob("step-*"))
+    assert names == ["step-00000002.parquet", "step-00000004.parquet"]
     train(plan, index)
     attempts = history.read_attempts(tmp_path)
     assert [(a.number, a.restored_step, a.samples_seen, a.num_workers) for a in attempts] == [
         (1, 0, 0, 1),
         (2, 4, 16, 1),
+        (3, 4, 16, 1),
     ]
-    assert all(a.first_step_at is not None and a.first_step_at > a.started_at for a in attempts)
+    assert [a.first_step_at is not None and a.first_step_at > a.started_at for a in attempts] == [True, False, True]
     found = history.verify(
         history.read_rows(tmp_path, 12),
         shard_sizes=plan.shard_sizes,
