@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfa.core.metrics import iou_per_class, mean_iou
 from dfa.data.stream import Batch
+from dfa.data.transforms import VOID
 from dfa.train import history
 from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
 from dfa.train.engine import Engine, make_engine
@@ -183,7 +184,9 @@ class Trainer:
             self._spare = batch
             return batch, self.engine.forward(batch.to(self.device))
         if self._spare is None:
-            raise RuntimeError(f"rank {self.rank} got no readable sample to begin with ({_reasons(batch)})")
+            if batch is None:
+                raise RuntimeError(f"rank {self.rank} got nothing from the stream to begin with")
+            self._spare = _black_picture(batch)
         parts = self.engine.forward(self._spare.to(self.device))
         empty = _without_samples(self._spare, batch)
         return empty, [replace(p, total=p.total * 0, count=p.count * 0) for p in parts]
@@ -318,10 +321,20 @@ def _without_samples(spare: Batch, batch: Batch | None) -> Batch:
     return replace(spare, keys=(), epoch_B=nothing, sample_B=nothing, rejected=() if batch is None else batch.rejected)
 
 
-def _reasons(batch: Batch | None) -> str:
-    if batch is None:
-        return "the stream was empty"
-    return "; ".join(f"{r.key}: {r.reason}" for r in batch.rejected[:3])
+def _black_picture(batch: Batch) -> Batch:
+    """One picture of the first class, of the shape of a batch without any."""
+    _, channels, height, width = batch.image_B3HW.shape
+    labels_1C = torch.zeros(1, batch.labels_BC.shape[1], dtype=torch.bool)
+    labels_1C[0, 0] = True
+    return replace(
+        batch,
+        image_B3HW=torch.zeros(1, channels, height, width, dtype=torch.uint8),
+        valid_BHW=torch.ones(1, height, width, dtype=torch.bool),
+        labels_BC=labels_1C,
+        mask_BHW=None if batch.mask_BHW is None else torch.full((1, height, width), VOID, dtype=torch.uint8),
+        given_B=None if batch.given_B is None else torch.zeros(1, dtype=torch.bool),
+        rejected=(),
+    )
 
 
 class _Meter:

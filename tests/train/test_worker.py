@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfa.data.shards import ShardIndex
-from dfa.data.stream import Batch
+from dfa.data.stream import Batch, ReadReject
 from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
 from dfa.train.objective import LossPart, NonFiniteLossError
 from dfa.train.plan import LoopPlan, derive_readers, derive_resources
@@ -135,6 +135,21 @@ def test_a_short_stream_is_an_error(tmp_path: Path, index: ShardIndex) -> None:
     batches = local_batches(plan, index, Progress(plan.shard_sizes))
     with pytest.raises(RuntimeError, match="the stream ended after 8 of 48 samples"):
         train(plan, index, iter([next(batches) for _ in range(4)]))
+
+
+def test_a_run_may_begin_with_samples_that_cannot_be_read(tmp_path: Path, index: ShardIndex) -> None:
+    """As a rank that gets filler alone, when a run goes on just before its end."""
+    plan = toy_plan(tmp_path, index, engine="torch")
+    first, *rest = list(local_batches(plan, index, Progress(plan.shard_sizes)))
+    pairs = zip(first.epoch_B.tolist(), first.sample_B.tolist(), first.keys, strict=True)
+    unread = replace(
+        first,
+        keys=(),
+        rejected=tuple(ReadReject(epoch, sample, key, "does not decode") for epoch, sample, key in pairs),
+        **{name: getattr(first, name)[:0] for name in ("image_B3HW", "valid_BHW", "labels_BC", "epoch_B", "sample_B")},
+    )
+    result = train(plan, index, iter([unread, *rest]))
+    assert (result["samples_seen"], result["num_rejected"]) == (48, len(first))
 
 
 def test_another_model_or_data_set_is_refused(tmp_path: Path, index: ShardIndex) -> None:
