@@ -112,9 +112,9 @@ class Machines:
 
     def warn(self, seconds: float) -> None:
         """Tell Ray that the second node will be taken away, as a cloud's notice of preemption does."""
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
         deadline_ms = int(1000 * (time.time() + seconds))
-        gcs = ray._raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
+        gcs = ray._raylet.GcsClient(address=os.environ["RAY_ADDRESS"])  # type: ignore[attr-defined]
         accepted, message = gcs.drain_node(self._nodes[-1].node_id, reason, "simulated preemption", deadline_ms)
         if not accepted:
             raise RuntimeError(f"the node cannot be drained: {message}")
