@@ -17,7 +17,7 @@ from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
 from dfa.label.pseudo import PseudoSettings
 from dfa.label.refine import RefineSettings
 from dfa.train.engine import OptimizerSettings
-from dfa.train.plan import LoopPlan, Resources
+from dfa.train.plan import LoopPlan, Readers
 from dfa.train.progress import Progress
 from dfa.train.record import Observer
 from dfa.train.step import StepSettings, TrainStep
@@ -86,7 +86,7 @@ def loop_plan(config: Config) -> LoopPlan:
         run_folder=storage.absolute(config.run),
         class_names=shards.class_names,
         model_description=model_description(config),
-        num_samples=shards.num_samples,
+        shard_sizes=tuple(shard.num_samples for shard in shards.shards),
         make_objective=_objective_maker(config),
         make_dataset=_dataset_maker(config, shards, labels),
         make_validation=_validation_maker(config, index(config, "val")) if config.shards.val else None,
@@ -102,6 +102,12 @@ def loop_plan(config: Config) -> LoopPlan:
         precision=train.precision,  # type: ignore[arg-type]
         zero_stage=train.zero_stage,
         num_workers=train.workers,
+        min_workers=train.min_workers,
+        resize_interval_s=train.resize_interval_s,
+        worker_cpus=train.worker_cpus,
+        max_failures=train.max_failures,
+        collective_timeout_s=train.collective_timeout_s,
+        keep_history=train.history,
         use_gpu=train.use_gpu,
         validate_every=train.validate_every,
         checkpoint_every=train.checkpoint_every,
@@ -125,16 +131,16 @@ def _micro_batch(config: Config) -> int:
     train = config.train
     if train.micro_batch_size:
         return train.micro_batch_size
-    if train.batch_size % train.workers:
+    if train.batch_size % train.workers and not train.min_workers:
         raise ValueError(f"train.batch_size {train.batch_size} is not a multiple of train.workers {train.workers}")
-    return train.batch_size // train.workers
+    return max(1, train.batch_size // train.workers)
 
 
 def _objective_maker(config: Config) -> Callable[[torch.device], TrainStep]:
     return lambda device: train_step(config, device)
 
 
-def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Callable[[Progress, Resources], Any]:
+def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Callable[[Progress, Readers], Any]:
     crop = CropSettings(
         size=config.crop.size,
         scale_range=(config.crop.scale_min, config.crop.scale_max),
@@ -142,7 +148,7 @@ def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Ca
         max_pixels=config.data.max_pixels,
     )
 
-    def make(progress: Progress, resources: Resources) -> Any:
+    def make(progress: Progress, readers: Readers) -> Any:
         return train_stream(
             shards,
             seed=config.train.seed,
@@ -151,9 +157,9 @@ def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Ca
             open_epochs=progress.open_epochs,
             crop=crop,
             with_masks=config.loss.supervision == "masks",
-            multiple_of=resources.num_workers,
-            read_cpus=resources.read_cpus,
-            max_readers=resources.max_readers,
+            max_workers=config.train.workers,
+            read_cpus=readers.read_cpus,
+            max_readers=readers.max_readers,
             labels=labels,
         )
 

@@ -162,7 +162,7 @@ class TrainConfig:
 
     steps: int = _number(30_000, 1, 100_000_000)
     batch_size: int = _number(4, 1, 1_000_000)  # of one optimizer step, over all workers
-    micro_batch_size: int = _number(0, 0, 1_000_000)  # of one forward pass on one worker; 0: as large as divides
+    micro_batch_size: int = _number(0, 0, 1_000_000)  # at most, of a forward pass on a worker; 0: batch_size / workers
     learning_rate: float = _number(1e-4, 0.0, 10.0)
     decoder_rate_scale: float = _number(10.0, 0.0, 1000.0)
     affinity_rate_scale: float = _number(100.0, 0.0, 10_000.0)
@@ -174,6 +174,13 @@ class TrainConfig:
     engine: str = _choice("auto", "auto", "deepspeed", "torch")  # auto: DeepSpeed where it is installed
     zero_stage: int = _choice(1, 0, 1, 2)
     workers: int = _number(1, 1, 100_000)
+    min_workers: int = _number(
+        0, 0, 100_000
+    )  # train with as many as there is room for, from this to workers; 0: workers
+    resize_interval_s: float = _number(60.0, 1.0, 86_400.0)  # min_workers: how often to look for room for more
+    worker_cpus: float = _number(0.0, 0.0, 1_024.0)  # CPUs that a worker reserves; 0: chosen by what there is
+    max_failures: int = _number(3, 0, 1_000_000)  # failures in a row without a checkpoint between them
+    collective_timeout_s: int = _number(600, 1, 86_400)  # ranks that wait so long for another one take it for hung
     use_gpu: bool = False
     seed: int = _number(0, 0, 2**31 - 1)
     validate_every: int = _number(2_000, 1, 100_000_000)
@@ -182,6 +189,7 @@ class TrainConfig:
     keep_checkpoints: int = _number(2, 1, 1_000)
     log_every: int = _number(20, 1, 1_000_000)
     mlflow: str = ""  # MLflow's tracking address, to which metrics go too; "": none
+    history: bool = False  # write down who trained which sample when; `python -m jobs.history` checks it
 
 
 @dataclass

@@ -10,6 +10,7 @@ Offline pseudo-labels are the one thing beside: they are those that lie there wh
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
-from dfa.data.shards import RawSample, read_shard
+from dfa.data.shards import BrokenShardError, RawSample, read_shard
+from dfa.data.storage import StoreError
 from dfa.data.transforms import VOID, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ Columns = dict[str, npt.NDArray[Any]]
 
 BLOCK_BYTES = 8 * 2**20
 FILLER = "filler"
+RETRY_PAUSES_S = (0.5, 2.0, 8.0)
+"""Before a shard is read again whose disk or store failed."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,27 @@ class CropSettings:
 
 @dataclass(frozen=True)
 class Item:
-    """Rows of one shard in one epoch, in the order in which they are trained."""
+    """Rows of one shard in one epoch. They are computed where they are read: a run of 100 million samples is planned as
+    100 000 items an epoch, not as a list of its samples.
+
+    num_samples: of the shard. stop: the first so many of the shard's order belong to the run. num_rows: those of them
+    that are left. consumed: bits of rows that were consumed before (as in `ConsumedEpoch`), None for none.
+    """
 
     epoch: int
     shard: int
-    rows: npt.NDArray[np.int32]
+    seed: int
+    num_samples: int
+    stop: int
+    num_rows: int
+    consumed: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def rows(self) -> npt.NDArray[np.int32]:
+        """Row numbers in the order in which they are trained."""
+        rng = np.random.default_rng((self.seed, self.epoch, 1 + self.shard))
+        rows = rng.permutation(self.num_samples).astype(np.int32)[: self.stop]
+        return rows if self.consumed is None else rows[(self.consumed[rows >> 3] >> (7 - (rows & 7)) & 1) == 0]
 
 
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> Iterator[Item]:
@@ -58,9 +79,9 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> Iterato
     Args:
         shard_sizes: number of samples of each shard, in index order.
     """
-    for shard in np.random.default_rng((seed, epoch)).permutation(len(shard_sizes)):
-        rows = np.random.default_rng((seed, epoch, 1 + int(shard))).permutation(shard_sizes[shard])
-        yield Item(epoch, int(shard), rows.astype(np.int32))
+    for shard in np.random.default_rng((seed, epoch)).permutation(len(shard_sizes)).tolist():
+        size = int(shard_sizes[shard])
+        yield Item(epoch, shard, seed, size, size, size)
 
 
 def shard_offsets(shard_sizes: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -74,26 +95,35 @@ def remaining_items(
     seed: int,
     num_samples: int,
     finished_epochs: int,
-    open_epochs: Mapping[int, npt.NDArray[np.bool_]],
+    open_epochs: Mapping[int, ConsumedEpoch],
 ) -> Iterator[Item]:
-    """What is left of a run over the first `num_samples` of the epochs in a row.
+    """What is left of a run over the first `num_samples` of the epochs in a row. Finished shards are not looked at again.
 
     Args:
         num_samples: length of the whole run; the last epoch may be partial.
         finished_epochs: epochs 0..finished_epochs - 1 were consumed completely.
-        open_epochs: epoch -> (samples,) True where the sample of that global number was consumed.
+        open_epochs: epoch -> what of it was consumed.
     """
     per_epoch = int(sum(shard_sizes))
     if per_epoch == 0:
         raise ValueError("the index holds no samples, there is nothing to stream")
-    offsets = shard_offsets(shard_sizes)
     for epoch in range(finished_epochs, -(-num_samples // per_epoch)):
         quota, consumed = min(per_epoch, num_samples - epoch * per_epoch), open_epochs.get(epoch)
         for item in epoch_order(shard_sizes, seed=seed, epoch=epoch):
-            rows, quota = item.rows[:quota], quota - min(quota, len(item.rows))
-            rows = rows if consumed is None else rows[~consumed[offsets[item.shard] + rows]]
-            if len(rows):
-                yield replace(item, rows=rows)
+            stop, quota = min(quota, item.num_samples), max(0, quota - item.num_samples)
+            left = _left(replace(item, stop=stop, num_rows=stop) if stop < item.num_samples else item, consumed)
+            if left is not None:
+                yield left
+
+
+def _left(item: Item, consumed: ConsumedEpoch | None) -> Item | None:
+    if consumed is None or (item.shard not in consumed.under_way and not consumed.is_finished(item.shard)):
+        return item if item.stop else None
+    if consumed.is_finished(item.shard):
+        return None
+    item = replace(item, consumed=consumed.under_way[item.shard])
+    item = replace(item, num_rows=len(item.rows))
+    return item if item.num_rows else None
 
 
 @dataclass(frozen=True)
@@ -124,14 +154,34 @@ class Reader:
     def _has_mask(self) -> bool:
         return self.with_masks or self.labels is not None
 
-    def blocks(self, item: Item, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
-        """Read the shard once, then decode in the item's order, one bounded block at a time."""
-        raws = {raw.row: raw for raw in read_shard(self.path, wanted=set(item.rows.tolist()))}
+    def item_blocks(self, item: Item, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
+        """The rows of an item that are left, in its order."""
+        yield from self.blocks(item.epoch, item.rows, to_block)
+
+    def blocks(self, epoch: int, rows: npt.NDArray[np.int32], to_block: Callable[[Columns], Block]) -> Iterator[Block]:
+        """Read the shard once, then decode these rows in this order, one bounded block at a time."""
+        raws = self._read(set(rows.tolist()))
         labels = self._labels({raw.key for raw in raws.values()})
         step = max(1, BLOCK_BYTES // self.row_bytes)
-        for start in range(0, len(item.rows), step):
-            part = [raws.pop(int(row)) for row in item.rows[start : start + step]]
-            yield to_block(_stack([self._row(item.epoch, raw, labels.pop(raw.key, None)) for raw in part]))
+        for start in range(0, len(rows), step):
+            part = [raws.pop(int(row)) for row in rows[start : start + step]]
+            yield to_block(_stack([self._row(epoch, raw, labels.pop(raw.key, None)) for raw in part]))
+
+    def _read(self, rows: set[int]) -> dict[int, RawSample]:
+        """The shard's samples. A disk or store that fails is asked again, with longer pauses; damage is not."""
+        for pause_s in (*RETRY_PAUSES_S, None):
+            try:
+                return {raw.row: raw for raw in read_shard(self.path, wanted=rows)}
+            except (OSError, BrokenShardError) as error:
+                if not _is_transient(error):
+                    raise
+                if pause_s is None:
+                    raise BrokenShardError(
+                        f"{self.path}: given up after {1 + len(RETRY_PAUSES_S)} reads: {error}"
+                    ) from error
+                logger.warning("shard %s is read again in %.1f s: %s", self.path, pause_s, error)
+            time.sleep(pause_s)
+        raise AssertionError("the last turn returns or raises")
 
     def filler(self, num_rows: int, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Rows that stand for no sample, so that every worker gets equally many."""
@@ -185,6 +235,13 @@ class Reader:
         row |= {"mask": np.full((size, size), VOID, np.uint8)} if self._has_mask else {}
         row |= {"given": np.False_} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
+
+
+def _is_transient(error: BaseException | None) -> bool:
+    """Tell a failure of the disk, store or network from a shard that is absent or damaged, or a wrong address."""
+    if isinstance(error, BrokenShardError | StoreError):
+        return _is_transient(error.__cause__)
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _stack(rows: Sequence[Mapping[str, Any]]) -> Columns:

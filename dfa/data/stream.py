@@ -19,6 +19,7 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from torch import Tensor
 
+from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
 from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, remaining_items, shard_offsets
 from dfa.data.shards import RawSample, ShardIndex, read_shard
@@ -90,7 +91,7 @@ def _source(tasks: Sequence[tuple[Reader, Item | int]]) -> Datasource:
     """
 
     def num_rows(work: Item | int) -> int:
-        return work if isinstance(work, int) else len(work.rows)
+        return work if isinstance(work, int) else work.num_rows
 
     def read_task(reader: Reader, work: Item | int) -> ReadTask:
         metadata = BlockMetadata(
@@ -99,7 +100,7 @@ def _source(tasks: Sequence[tuple[Reader, Item | int]]) -> Datasource:
             input_files=(reader.path,),
             exec_stats=None,
         )
-        read = reader.filler if isinstance(work, int) else reader.blocks
+        read = reader.filler if isinstance(work, int) else reader.item_blocks
         return ReadTask(functools.partial(read, work, BlockAccessor.batch_to_arrow_block), metadata)  # type: ignore[arg-type]
 
     class ShardStream(Datasource):
@@ -121,26 +122,25 @@ def train_stream(
     seed: int,
     num_samples: int,
     finished_epochs: int,
-    open_epochs: Mapping[int, npt.NDArray[np.bool_]],
+    open_epochs: Mapping[int, ConsumedEpoch],
     crop: CropSettings,
     with_masks: bool,
-    multiple_of: int,
+    max_workers: int,
     read_cpus: float,
     max_readers: int,
     labels: str | None = None,
 ) -> ray.data.Dataset:
     """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
 
-    Filler rows bring the length to a multiple of `multiple_of` (the number of workers), because Ray drops what does not
-    divide evenly; `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that
+    Ray drops from the end what does not divide evenly between the workers; filler rows stand there, enough for any number
+    of workers up to `max_workers`, and `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that
     counting stays exact.
 
     Args:
         num_samples: length of the whole run, counted from its very beginning.
         finished_epochs, open_epochs: what was consumed, see `remaining_items`.
         with_masks: read ground-truth masks (only for training on ground truth, by name).
-        read_cpus: CPUs that one read task reserves; fractional, or two workers leave none for reading on a small
-            machine and the run hangs.
+        read_cpus: CPUs that one read task reserves; what workers leave, or reading waits for ever and the run hangs.
         max_readers: read tasks at a time. Each holds one shard's encoded bytes and one block of pixels.
         labels: address of offline pseudo-labels (see `dfa.data.offline`), which become `mask_BHW`; looked up anew for
             every shard that is read, so refreshed ones come as late as Ray reads ahead (`ingest_options`).
@@ -164,9 +164,9 @@ def train_stream(
         open_epochs=open_epochs,
     )
     tasks: list[tuple[Reader, Item | int]] = [(reader(item.shard), item) for item in items]
-    num_rows = sum(len(work.rows) for _, work in tasks if isinstance(work, Item))
-    if -num_rows % multiple_of or not tasks:
-        tasks.append((reader(0), -num_rows % multiple_of or multiple_of))
+    num_filler = max_workers - 1 if tasks else max_workers
+    if num_filler:
+        tasks.append((reader(0), num_filler))
     dataset = ray.data.read_datasource(
         _source(tasks), num_cpus=read_cpus, concurrency=max_readers, override_num_blocks=len(tasks)
     )

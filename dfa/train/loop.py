@@ -29,7 +29,8 @@ from dfa.data.stream import Batch, ingest_options, iterate
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
 from dfa.train.cluster import join_cluster
 from dfa.train.gauges import Gauges
-from dfa.train.plan import LoopPlan, Resources, derive_resources
+from dfa.train.objective import NonFiniteLossError
+from dfa.train.plan import LoopPlan, Resources, derive_readers, derive_resources
 from dfa.train.progress import Progress
 from dfa.train.record import Observer
 from dfa.train.starts import note_start
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",  # a Prometheus thread in every process
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # waits for room, not for processes; Ray plans with lost nodes for 20 s
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",  # of a group that lost a worker: its others wait for that one
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a finished worker is noticed this late (default 2 s)
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning inside workers
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,13 +54,18 @@ _ENVIRONMENT = {
 }
 
 
+def prepare_environment() -> None:
+    """Settings that Ray's processes inherit, wherever the environment does not say otherwise."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def start_ray(num_cpus: int | None = None) -> None:
     """Connect to the cluster that the environment names, else start one here. Does nothing when Ray runs already.
 
     ``num_cpus`` is for tests only: a cluster that exists refuses it. Errors as in `join_cluster`.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     if ray.is_initialized():
         return
     handler = signal.getsignal(signal.SIGTERM)
@@ -75,12 +83,14 @@ def run(plan: LoopPlan) -> dict[str, Any]:
 
     Returns:
         Numbers of the run: step, samples_seen, num_rejected, val_miou, best_val_miou, interrupted, world_size,
-            images_per_s, data_wait, seconds, start_s (from the call to a ready model), best_checkpoint and
+            samples_left_in_epoch, images_per_s, data_wait, checkpoint_share (of the time, waiting for checkpoints and
+            reports), seconds, start_s (from the call to a ready model), best_checkpoint and
             last_checkpoint (folders).
 
     Raises:
         ValueError: the plan does not fit the cluster, or the checkpoint does not fit the plan.
-        RuntimeError: a worker failed; the message is the worker's first error.
+        NonFiniteLossError: the loss or the gradient is not finite.
+        RuntimeError: the workers failed too often; the message is the first error of the last failure.
     """
     begin = time.time()
     plan = replace(plan, run_folder=storage.absolute(plan.run_folder))
@@ -122,66 +132,136 @@ def _ray_folder(run: str) -> Iterator[str]:
 
 
 def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, Any]:
+    gpus = {"GPU": resources.worker_gpus} if plan.use_gpu else {}
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"plan": plan, "resources": resources},
+        train_loop_config={"plan": plan},
         datasets={"train": _dataset_maker(plan, resources)},
         dataset_config=ray.train.DataConfig(execution_options=ingest_options(window_bytes=plan.window_bytes)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.num_workers,
+            num_workers=(plan.min_workers, plan.num_workers) if plan.min_workers else plan.num_workers,
             use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": resources.worker_cpus}
-            | ({"GPU": resources.worker_gpus} if plan.use_gpu else {}),
+            resources_per_worker={"CPU": resources.worker_cpus} | gpus,
+            elastic_resize_monitor_interval_s=plan.resize_interval_s,
         ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if plan.use_gpu else "gloo", timeout_s=plan.collective_timeout_s
-        ),
+        torch_config=_TorchConfig(backend="nccl" if plan.use_gpu else "gloo", timeout_s=plan.collective_timeout_s),
         run_config=ray.train.RunConfig(
             storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            failure_config=ray.train.FailureConfig(max_failures=plan.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
+            callbacks=[Failures(plan)],
         ),
     )
     try:
         return _graceful(trainer.fit, plan.run_folder).return_value
-    except ray.train.WorkerGroupError as error:
-        raise _first_failure(error) from error
+    except ray.train.ControllerError as error:
+        raise error.controller_failure from error
 
 
-def _first_failure(error: Any) -> Exception:
-    """The worker's own error in place of Ray's report on it; a ValueError stays one (the user can mend it)."""
-    rank, first = min(error.worker_failures.items())
-    cause = getattr(first, "cause", None) or first
-    message = f"training failed on worker {rank}: {str(cause).strip()}"
-    return ValueError(message) if isinstance(cause, ValueError) else RuntimeError(message)
+class Failures(ray.train.UserCallback):
+    """Ends a run, in Ray Train's controller, when trying again cannot help: an error that the same input gives again, or
+    too many failures in a row without a checkpoint between them."""
+
+    def __init__(self, plan: LoopPlan) -> None:
+        self._run, self._max = plan.run_folder, plan.max_failures
+        self._newest, self._count = "", 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(worker_exceptions.items())}
+        for rank, cause in causes.items():
+            if isinstance(cause, NonFiniteLossError):
+                raise NonFiniteLossError(str(cause))
+            if isinstance(cause, ValueError) and not isinstance(cause, OSError):  # a store that failed is both
+                raise ValueError(f"training failed on worker {rank}: {str(cause).strip()}")
+        if any(getattr(getattr(cause, "health_check_failure", None), "preempted", False) for cause in causes.values()):
+            return
+        newest = "".join(list_checkpoints(self._run)[-1:])
+        self._count = 1 if newest != self._newest else self._count + 1
+        self._newest = newest
+        rank, first = next(iter(causes.items()))
+        if self._count > self._max:
+            raise RuntimeError(
+                f"training failed on worker {rank}: {str(first).strip()} (failure {self._count} in a row)"
+            )
+        logger.warning("worker %d failed, the workers start again: %s", rank, str(first).strip().splitlines()[-1])
+
+
+class _TorchConfig(ray.train.torch.TorchConfig):
+    """Ray's set-up of torch.distributed; besides, workers note their first SIGTERM, which stands for "you will end soon"."""
+
+    @property
+    def backend_cls(self) -> Any:
+        class Backend(super().backend_cls):
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                worker_group.execute(_note_first_sigterm)
+                super().on_start(worker_group, backend_config)
+
+            def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+                """Nothing: the processes end right after, and one that waits for a lost one would be waited for."""
+
+        return Backend
+
+
+_sigterm = threading.Event()
+
+
+def _note_first_sigterm() -> None:
+    """Runs on the main thread of every worker process, which is not the one that trains."""
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        logger.warning("SIGTERM: a checkpoint follows this step (again: end at once)")
+        signal.signal(signal.SIGTERM, usual)
+        _sigterm.set()
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _warned() -> bool:
+    """Tell once that this process got SIGTERM."""
+    if not _sigterm.is_set():
+        return False
+    _sigterm.clear()
+    return True
 
 
 def _dataset_maker(plan: LoopPlan, resources: Resources) -> Callable[[], Any]:
     def make() -> Any:
         """Runs in Ray Train's controller at every start of the workers: the stream of what is left."""
         checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
-        return plan.make_dataset(Progress(plan.num_samples) if checkpoint is None else checkpoint.progress, resources)
+        progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
+        cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        return plan.make_dataset(progress, derive_readers(plan, resources, cpus))
 
     return make
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs."""
-    plan, resources = config["plan"], config["resources"]
+    plan: LoopPlan = config["plan"]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("dfa").setLevel(logging.INFO)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line per rank and report otherwise
-    torch.set_num_threads(resources.threads)
+    num_workers = ray.train.get_context().get_world_size()
+    torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1.0) // num_workers)))
     checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
     shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard("train"))
-    batches = _started(iterate(shard, batch_size=plan.micro_batch, prefetch=plan.prefetch))
+    batches = _started(iterate(shard, batch_size=plan.batch_shape(num_workers).micro_batch, prefetch=plan.prefetch))
     observers: Sequence[Observer] = ()
     if ray.train.get_context().get_world_rank() == 0:
         observers = (Gauges(plan.run_folder), *plan.make_observers())
-    trainer = Trainer(plan, device=ray.train.torch.get_device(), checkpoint=checkpoint, observers=observers)
+    trainer = Trainer(
+        plan,
+        device=ray.train.torch.get_device(),
+        checkpoint=checkpoint,
+        observers=observers,
+        warned=_warned,
+        machine_leaves=lambda: ray.train.get_preemption_info() is not None,
+    )
     logger.info("model and optimizer are ready, waiting for the first batch")
     ready = time.time()
     result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))
+    torch.distributed.destroy_process_group()
     return result | {"ready_at": ready}
 
 

@@ -12,15 +12,20 @@ from torch import Tensor
 
 from dfa.core.metrics import iou_per_class, mean_iou
 from dfa.data.stream import Batch
+from dfa.data.transforms import VOID
+from dfa.train import history
 from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
 from dfa.train.engine import Engine, make_engine
 from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_rate_factor, world
-from dfa.train.plan import LoopPlan
-from dfa.train.progress import Ledger, Progress
+from dfa.train.plan import BatchShape, LoopPlan
+from dfa.train.progress import Ledger, Progress, Row
 from dfa.train.record import Observer, Recorder, duration
 from dfa.train.stop import StopFile
 
 logger = logging.getLogger(__name__)
+
+_ASK_EVERY_S = 2.0  # whether a machine leaves
+_CHECKPOINT_AGAIN_S = 10.0  # while one leaves: what is trained until it has gone is not lost
 
 
 class Trainer:
@@ -33,27 +38,33 @@ class Trainer:
         device: torch.device,
         checkpoint: Checkpoint | None,
         observers: Sequence[Observer] = (),
+        warned: Callable[[], bool] = lambda: False,
+        machine_leaves: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`warned`: whether this process was told since the last call that it will end. `machine_leaves`: whether a machine
+        of the run will; a collective. Either is answered by a checkpoint after the current step; training goes on."""
         self.rank, self.world = world()
         self.plan, self.device, self.run = plan, device, plan.run_folder
+        self.shape = plan.batch_shape(self.world)
         torch.manual_seed(plan.seed)
-        self.engine = _engine(plan, device, plan.accumulation(self.world))
+        self.engine = _engine(plan, device, self.shape)
         self.step = self.samples_seen = self.num_rejected = 0
         self.best_miou = self.last_miou = None
-        progress = Progress(plan.num_samples)
+        progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
         if checkpoint is not None:
             self._restore(checkpoint)
-            progress = checkpoint.progress
         self.first_step, self.interrupted = self.step, False
-        self._ledger = Ledger(progress)
+        self._ledger = Ledger(progress, keep_rows=plan.keep_history)
+        self._warned, self._machine_leaves, self._ask_at, self._leaving = warned, machine_leaves, 0.0, False
+        self._attempt = self._begin_attempt() if self.rank == 0 else None
         self._recorder = Recorder(
             self.run, rank=self.rank, first_step=self.step, world_size=self.world, observers=observers
         )
         self._stop = StopFile(self.run)
         self._meter = _Meter()
         self._spare: Batch | None = None
-        self._checkpoint_step = self.step if checkpoint is not None else -1
-        self._writer, self._writing = ThreadPoolExecutor(1), None
+        self._checkpoint_step = self.step if checkpoint is not None else 0
+        self._writer, self._writing, self._checkpoint_s = ThreadPoolExecutor(1), None, 0.0
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         info = checkpoint.info
@@ -67,17 +78,24 @@ class Trainer:
                 f"{k}: saved {info.model.get(k)!r}, now {self.plan.model_description.get(k)!r}" for k in differ
             )
             raise ValueError(f"{checkpoint.folder} was trained with another model ({pairs}); use another run folder")
-        if checkpoint.progress.num_samples != self.plan.num_samples:
-            raise ValueError(
-                f"{checkpoint.folder} counts {checkpoint.progress.num_samples} samples an epoch, "
-                f"the data set has {self.plan.num_samples}"
-            )
         self.engine.load(checkpoint.engine)
         self.step, self.samples_seen, self.num_rejected = info.step, info.samples_seen, info.num_rejected
         best = best_checkpoint(self.run)
         self.best_miou = None if best is None else read_info(best).val_miou
         self.last_miou = info.val_miou
         logger.info("continuing from %s: step %d, %d samples seen", checkpoint.folder, self.step, self.samples_seen)
+
+    def _begin_attempt(self) -> history.Attempt:
+        if self.shape.global_batch != self.plan.global_batch:
+            logger.warning(
+                "%d workers do not divide the global batch of %d: steps take %d samples while there are so many",
+                self.world,
+                self.plan.global_batch,
+                self.shape.global_batch,
+            )
+        return history.begin_attempt(
+            self.run, self.shape, num_workers=self.world, step=self.step, samples_seen=self.samples_seen
+        )
 
     def train(self, batches: Iterator[Batch], *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Train to the plan's end or to a stop request; returns the numbers of the run, the same on every rank.
@@ -96,9 +114,13 @@ class Trainer:
             if self.step % plan.log_every == 0 or done:
                 self._log()
             improved = self._validate() if self._validation_due(done) else False
-            if done or improved or self.step % plan.checkpoint_every == 0:
+            if done or improved or self._leaving or self.step % plan.checkpoint_every == 0:
+                begin = time.perf_counter()
                 self._save()
+                if self._leaving:
+                    self._finish_writing()
                 report({"step": self.step, "samples_seen": self.samples_seen, "val_miou": self.last_miou})
+                self._checkpoint_s += time.perf_counter() - begin
         self._finish_writing()
         self._recorder.close()
         return self._result(time.perf_counter() - start)
@@ -106,7 +128,7 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: micro-batches, then the update."""
         plan, accumulation = self.plan, self.engine.num_accumulation
-        begin, wait_s, stopping, seen, rejected, value = time.perf_counter(), 0.0, 0.0, 0.0, 0.0, 0.0
+        begin, wait_s, value, sums = time.perf_counter(), 0.0, 0.0, [0.0] * 5
         means: dict[str, float] = {}
         self._rate_factor = learning_rate_factor(
             self.samples_seen / plan.global_batch,
@@ -116,34 +138,46 @@ class Trainer:
         )
         self.engine.set_learning_rate(self._rate_factor)
         torch.manual_seed(hash((plan.seed, self.step, self.rank)) % 2**63)  # dropout repeats after a resume
-        for _ in range(accumulation):
+        for micro in range(accumulation):
             fetch = time.perf_counter()
             batch = next(batches, None)
             wait_s += time.perf_counter() - fetch
             batch, parts = self._forward(batch)
-            signals = (
-                float(self._stop_requested()),
-                float(len(batch) + len(batch.rejected)),
-                float(len(batch.rejected)),
-            )
-            loss = global_loss(parts, batch, signals=signals)
-            if loss.signals[1] == 0:
+            loss = global_loss(parts, batch, signals=self._signals(batch))
+            sums = [a + b for a, b in zip(sums, loss.signals, strict=True)]
+            if not loss.signals[0] and self.samples_seen + sums[0] < plan.total_samples:
                 raise RuntimeError(
-                    f"the stream ended after {self.samples_seen + seen:.0f} of {plan.total_samples} samples"
+                    f"the stream ended after {self.samples_seen + sums[0]:.0f} of {plan.total_samples} samples"
                 )
             self.engine.backward(loss.local)
-            self._note(batch)
-            stopping, seen, rejected = stopping + loss.signals[0], seen + loss.signals[1], rejected + loss.signals[2]
+            self._ledger.note(batch, step=self.step + 1, micro=micro)
             value += loss.value / accumulation
             means = {k: means.get(k, 0.0) + v / accumulation for k, v in loss.means.items()}
         norm = self.engine.step()
+        seen, rejected, stopping, warned, asking = sums
         self.step, self.samples_seen, self.num_rejected = (
             self.step + 1,
             self.samples_seen + int(seen),
             self.num_rejected + int(rejected),
         )
         self.interrupted = stopping > 0
+        self._leaving = bool(asking and self._machine_leaves()) or warned > 0
+        if asking:
+            self._ask_at = time.monotonic() + (_CHECKPOINT_AGAIN_S if self._leaving else _ASK_EVERY_S)
         self._meter.add(time.perf_counter() - begin, wait_s, int(seen), {"loss": value, "grad_norm": norm, **means})
+        if self._attempt is not None and self.step == self.first_step + 1:
+            history.note_first_step(self.run, self._attempt)
+
+    def _signals(self, batch: Batch) -> tuple[float, ...]:
+        """What every rank learns of all others with the loss: samples, rejected ones, a stop request, a warning that this
+        process will end, and rank 0's wish to ask whether a machine will."""
+        return (
+            float(len(batch) + len(batch.rejected)),
+            float(len(batch.rejected)),
+            float(self.rank == 0 and self._stop.asked()),
+            float(self._warned()),
+            float(self.rank == 0 and time.monotonic() >= self._ask_at),
+        )
 
     def _forward(self, batch: Batch | None) -> tuple[Batch, list[LossPart]]:
         """Loss parts of a micro-batch. A rank without samples takes part with weightless ones, so that
@@ -152,20 +186,12 @@ class Trainer:
             self._spare = batch
             return batch, self.engine.forward(batch.to(self.device))
         if self._spare is None:
-            raise RuntimeError(f"rank {self.rank} got no readable sample to begin with ({_reasons(batch)})")
+            if batch is None:
+                raise RuntimeError(f"rank {self.rank} got nothing from the stream to begin with")
+            self._spare = _black_picture(batch)
         parts = self.engine.forward(self._spare.to(self.device))
         empty = _without_samples(self._spare, batch)
         return empty, [replace(p, total=p.total * 0, count=p.count * 0) for p in parts]
-
-    def _note(self, batch: Batch) -> None:
-        self._ledger.note(batch.epoch_B, batch.sample_B)
-        if batch.rejected:
-            self._ledger.note(
-                torch.tensor([r.epoch for r in batch.rejected]), torch.tensor([r.sample for r in batch.rejected])
-            )
-
-    def _stop_requested(self) -> bool:
-        return self.rank == 0 and self._stop.asked()
 
     def _log(self) -> None:
         values = self._meter.take()
@@ -177,6 +203,7 @@ class Trainer:
             "world_size": self.world,
             "learning_rate": self.plan.optimizer.learning_rate * self._rate_factor,
             "restarts": self._recorder.restarts,
+            "global_batch": self.shape.global_batch,
         }
         if self.device.type == "cuda":
             values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -225,10 +252,10 @@ class Trainer:
         """Checkpoint of this step: gathered by all ranks, written by rank 0 in the background."""
         if self._checkpoint_step == self.step:
             return
-        self._checkpoint_step = self.step
+        last, self._checkpoint_step = self._checkpoint_step, self.step
         start = time.perf_counter()
         self._finish_writing()
-        state, progress = self.engine.state(), self._ledger.gather(self.device)
+        state, progress, rows = self.engine.state(), self._ledger.gather(self.device), self._ledger.gather_rows()
         if progress.num_consumed != self.samples_seen:
             raise RuntimeError(
                 f"book-keeping differs: {progress.num_consumed} samples noted, {self.samples_seen} counted"
@@ -245,12 +272,17 @@ class Trainer:
         )
         if self.rank == 0:
             self._recorder.write("checkpoint", self.step, {"blocked_s": time.perf_counter() - start})
-            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info)
+            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info, rows, last)
 
     _writing: Future[None] | None
 
-    def _write(self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo) -> None:
+    def _write(
+        self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo, rows: Sequence[Row], last: int
+    ) -> None:
         self._recorder.sync()
+        if self._attempt is not None and self.plan.keep_history:
+            number = self._attempt.number
+            history.write_rows(self.run, rows, step=info.step, continues_from=last, attempt=number)
         save_checkpoint(self.run, state, progress, info)
         prune(self.run, keep_last=self.plan.keep_last)
 
@@ -268,14 +300,16 @@ class Trainer:
             "num_rejected": self.num_rejected,
             "val_miou": self.last_miou,
             "best_val_miou": self.best_miou,
+            "samples_left_in_epoch": -self.samples_seen % self.plan.num_samples,
             "interrupted": self.interrupted,
             "world_size": self.world,
             "seconds": seconds,
+            "checkpoint_share": self._checkpoint_s / max(seconds, 1e-9),
             **meter,
         }
 
 
-def _engine(plan: LoopPlan, device: torch.device, num_accumulation: int) -> Engine:
+def _engine(plan: LoopPlan, device: torch.device, shape: BatchShape) -> Engine:
     objective = plan.make_objective(device)
     objective.train()
     return make_engine(
@@ -284,8 +318,8 @@ def _engine(plan: LoopPlan, device: torch.device, num_accumulation: int) -> Engi
         kind=plan.engine,
         precision=plan.precision,
         zero_stage=plan.zero_stage,
-        micro_batch=plan.micro_batch,
-        num_accumulation=num_accumulation,
+        micro_batch=shape.micro_batch,
+        num_accumulation=shape.num_accumulation,
         device=device,
     )
 
@@ -296,10 +330,20 @@ def _without_samples(spare: Batch, batch: Batch | None) -> Batch:
     return replace(spare, keys=(), epoch_B=nothing, sample_B=nothing, rejected=() if batch is None else batch.rejected)
 
 
-def _reasons(batch: Batch | None) -> str:
-    if batch is None:
-        return "the stream was empty"
-    return "; ".join(f"{r.key}: {r.reason}" for r in batch.rejected[:3])
+def _black_picture(batch: Batch) -> Batch:
+    """One picture of the first class, of the shape of a batch without any."""
+    _, channels, height, width = batch.image_B3HW.shape
+    labels_1C = torch.zeros(1, batch.labels_BC.shape[1], dtype=torch.bool)
+    labels_1C[0, 0] = True
+    return replace(
+        batch,
+        image_B3HW=torch.zeros(1, channels, height, width, dtype=torch.uint8),
+        valid_BHW=torch.ones(1, height, width, dtype=torch.bool),
+        labels_BC=labels_1C,
+        mask_BHW=None if batch.mask_BHW is None else torch.full((1, height, width), VOID, dtype=torch.uint8),
+        given_B=None if batch.given_B is None else torch.zeros(1, dtype=torch.bool),
+        rejected=(),
+    )
 
 
 class _Meter:

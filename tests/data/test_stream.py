@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels, begin_generations
-from dfa.data.reading import CropSettings, Item, Reader
+from dfa.data.reading import CropSettings, Reader
 from dfa.data.shards import BrokenShardError, ShardIndex, load_index, read_samples, read_shard
 from dfa.data.stream import Batch, eval_batches, ingest_options, iterate, to_batch, train_stream
 from tests.data.toy_labels import make_current, png, write_block_shards, write_labels
@@ -45,7 +47,7 @@ def stream(index: ShardIndex, num_samples: int, **changes: Any) -> Any:
         "open_epochs": {},
         "crop": CROP,
         "with_masks": True,
-        "multiple_of": 1,
+        "max_workers": 1,
         "read_cpus": 0.25,
         "max_readers": 2,
     }
@@ -84,19 +86,22 @@ def split(dataset: Any, num_workers: int) -> list[list[Batch]]:
 def test_one_worker_and_three_see_the_same_crops(ray_session: None, index: ShardIndex) -> None:
     one = fingerprints(iterate(stream(index, 50), batch_size=4, prefetch=1))
     assert len(one) == 50
-    parts = split(stream(index, 50, multiple_of=3), 3)
+    parts = split(stream(index, 50, max_workers=3), 3)
     three = fingerprints(batch for part in parts for batch in part)
     assert three == one
     counts = [sum(len(batch) for batch in part) for part in parts]
     assert sum(counts) == 50
-    assert max(counts) <= 17  # 50 samples and one filler row over three workers
+    assert max(counts) <= 17  # 50 samples and two filler rows over three workers
 
 
 def test_an_interrupted_stream_continues_with_the_rest(ray_session: None, index: ShardIndex) -> None:
     whole = fingerprints(iterate(stream(index, 40), batch_size=4, prefetch=1))
-    consumed = np.zeros(23, bool)
-    consumed[np.random.default_rng(0).permutation(23)[:9]] = True
-    rest = fingerprints(iterate(stream(index, 40, open_epochs={0: consumed}), batch_size=4, prefetch=1))
+    sizes = np.array([shard.num_samples for shard in index.shards])
+    consumed, epoch = np.zeros(23, bool), ConsumedEpoch(sizes)
+    consumed[[*range(8), *np.random.default_rng(0).permutation(np.arange(8, 23))[:6]]] = True  # one shard whole
+    for shard, first in enumerate(np.cumsum(sizes) - sizes):
+        epoch.add(shard, np.flatnonzero(consumed[first : first + sizes[shard]]))
+    rest = fingerprints(iterate(stream(index, 40, open_epochs={0: epoch}), batch_size=4, prefetch=1))
     assert rest == {pair: mark for pair, mark in whole.items() if pair[0] > 0 or not consumed[pair[1]]}
 
 
@@ -121,7 +126,7 @@ def test_a_broken_shard_is_an_error_that_names_it(ray_session: None, index: Shar
 def read(index: ShardIndex, shard: int, rows: list[int], **changes: Any) -> list[Mapping[str, Any]]:
     settings = {"offset": 0, "num_classes": 3, "seed": 5, "crop": CROP, "with_masks": False, **changes}
     reader = Reader(path=index.path(index.shards[shard].name), **settings)
-    return list(reader.blocks(Item(0, shard, np.array(rows, np.int32)), dict))
+    return list(reader.blocks(0, np.array(rows, np.int32), dict))
 
 
 def test_rows_come_in_the_order_of_the_item(index: ShardIndex) -> None:
@@ -146,7 +151,7 @@ def test_a_shard_that_lost_its_end_names_the_last_good_key(index: ShardIndex, tm
     path = tmp_path / "shard-000000.tar"
     path.write_bytes(Path(index.path(index.shards[0].name)).read_bytes()[:3000])
     with pytest.raises(BrokenShardError, match=r"shard-000000\.tar .*after"):
-        list(Reader(str(path), 0, 3, 5, CROP, False).blocks(Item(0, 0, np.arange(7, dtype=np.int32)), dict))
+        list(Reader(str(path), 0, 3, 5, CROP, False).blocks(0, np.arange(7, dtype=np.int32), dict))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +229,7 @@ def test_a_refreshed_generation_is_read_at_the_next_item(blocks: ShardIndex, tmp
     reader = Reader(blocks.path(blocks.shards[0].name), 0, 3, 5, CROP, False, offline(tmp_path, blocks))
 
     def classes(epoch: int) -> list[int]:
-        (columns,) = reader.blocks(Item(epoch, 0, np.arange(4, dtype=np.int32)), dict)
+        (columns,) = reader.blocks(epoch, np.arange(4, dtype=np.int32), dict)
         return np.unique(columns["mask"][columns["valid"]]).tolist()
 
     assert classes(0) == [255]
@@ -267,3 +272,31 @@ def test_ranks_share_the_validation_samples(index: ShardIndex, world: int) -> No
         assert batch.image_B3HW.shape[2:] == batch.mask_BHW.shape[1:] == (16, 16)
         assert (batch.mask_BHW[:, 0, 0].int() == batch.labels_BC.int().argmax(1) + 1).all()
         assert len(batch) <= 3
+
+
+def test_a_shard_that_cannot_be_read_for_a_moment_is_read_again(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.05, 0.3, 2.0))
+    shard = tmp_path / "shard.tar"
+    shard.mkdir()  # opening a folder is an OSError, as a failing disk is
+
+    def mend() -> None:
+        shard.rmdir()
+        shutil.copy(index.path(index.shards[0].name), shard)
+
+    timer = threading.Timer(0.2, mend)
+    timer.start()
+    reader = Reader(str(shard), 0, 3, 5, CROP, False)
+    (columns,) = reader.blocks(0, np.arange(7, dtype=np.int32), dict)
+    timer.join()
+    assert columns["sample"].tolist() == list(range(7))
+    assert "shard.tar is read again in" in caplog.text
+
+
+def test_a_shard_that_stays_unreadable_is_given_up_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.01, 0.01))
+    (tmp_path / "shard.tar").mkdir()
+    reader = Reader(str(tmp_path / "shard.tar"), 0, 3, 5, CROP, False)
+    with pytest.raises(BrokenShardError, match=r"shard\.tar: given up after 3 reads: .*Is a directory"):
+        list(reader.blocks(0, np.arange(7, dtype=np.int32), dict))

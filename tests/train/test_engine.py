@@ -152,13 +152,25 @@ def _two_ranks(rank: int, folder: str) -> None:
         resumed.load(engine.state())
         train(resumed, range(3, 6))
         states[name] = resumed.state()
+    with torch.serialization.safe_globals([EngineState]):
+        half = torch.load(f"{folder}/half.pt", weights_only=True)
+    for stage in range(3):
+        grown = build("deepspeed", stage=stage)
+        grown.load(half)
+        states[f"loaded{stage}"] = grown.state()
+        train(grown, range(3, 6))
+        states[f"grown{stage}"] = grown.state()
+        engine = build("deepspeed", stage=stage)
+        train(engine, range(3))
+        states[f"half{stage}"] = engine.state()
     poisoned = toy_batch(range(rank, rank + 1))
-    part = LossPart("label", 1.0, torch.tensor(float("nan") if rank else 1.0), torch.tensor(1.0))
-    try:
-        global_loss([part], poisoned)
-        states["error"] = "none"
-    except NonFiniteLossError as error:
-        states["error"] = str(error)
+    for name, bad in (("error", float("nan") if rank else 1.0), ("errors", float("nan") if rank else float("inf"))):
+        part = LossPart("label", 1.0, torch.tensor(bad), torch.tensor(1.0))
+        try:
+            global_loss([part], poisoned)
+            states[name] = "none"
+        except NonFiniteLossError as error:
+            states[name] = str(error)
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -167,6 +179,9 @@ def _two_ranks(rank: int, folder: str) -> None:
 def two_ranks() -> list[dict[str, Any]]:
     pytest.importorskip("deepspeed")
     with tempfile.TemporaryDirectory() as folder:
+        engine = build("torch")
+        train(engine, range(3))
+        torch.save(engine.state(), f"{folder}/half.pt")
         mp.spawn(_two_ranks, (folder,), nprocs=2)
         with torch.serialization.safe_globals([EngineState]):
             return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -178,6 +193,25 @@ def test_two_processes_equal_one_on_the_same_global_batch(two_ranks: Any, refere
     assert_same(two_ranks[1][case], two_ranks[0][case], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_process_that_becomes_two_equals_one_that_stays(two_ranks: Any, reference: Any, stage: int) -> None:
+    engine = build("torch")
+    train(engine, range(3))
+    assert_same(two_ranks[0][f"loaded{stage}"], engine.state(), rtol=0, atol=0)
+    assert_same(two_ranks[0][f"grown{stage}"], reference[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2), (2, 0)])
+def test_two_processes_that_become_one_equal_one_that_was_alone(
+    two_ranks: Any, reference: Any, before: int, after: int
+) -> None:
+    engine = build("deepspeed", stage=after)
+    engine.load(two_ranks[0][f"half{before}"])
+    assert_same(engine.state(), two_ranks[0][f"half{before}"], rtol=0, atol=0)
+    train(engine, range(3, 6))
+    assert_same(engine.state(), reference[0])
+
+
 def test_accumulation_is_the_same_on_both_engines(two_ranks: Any) -> None:
     assert_same(two_ranks[0]["accumulation"], two_ranks[0]["torch-accumulation"])
 
@@ -186,6 +220,8 @@ def test_a_nan_on_one_rank_stops_all_ranks_and_names_its_keys(two_ranks: Any) ->
     for states in two_ranks:
         assert "rank 1: parts ['label'] of keys ['k1']" in states["error"]
         assert "rank 0" not in states["error"]
+        for rank in range(2):
+            assert f"rank {rank}: parts ['label'] of keys ['k{rank}']" in states["errors"]
 
 
 def test_loss_divides_by_the_number_of_valid_elements() -> None:

@@ -12,8 +12,10 @@ import ray.cloudpickle
 
 from dfa.data.reading import remaining_items, shard_offsets
 from dfa.data.shards import ShardIndex
+from dfa.data.storage import StoreError
 from dfa.train.checkpoint import latest_checkpoint
-from dfa.train.loop import run
+from dfa.train.loop import Failures, run
+from dfa.train.objective import NonFiniteLossError
 from dfa.train.record import read_metrics
 from tests.train import toy
 
@@ -68,14 +70,39 @@ def test_an_interrupted_run_continues_at_another_size_and_sees_each_sample_once(
 
 
 def consumed(progress: toy.Progress) -> set[tuple[int, int]]:
-    finished = {(e, n) for e in range(progress.finished_epochs) for n in range(progress.num_samples)}
-    return finished | {(e, int(n)) for e, bits in progress.open_epochs.items() for n in np.flatnonzero(bits)}
+    found = {(e, n) for e in range(progress.finished_epochs) for n in range(progress.num_samples)}
+    offsets = shard_offsets(progress.shard_sizes.tolist())
+    for number, epoch in progress.open_epochs.items():
+        for shard, size in enumerate(progress.shard_sizes.tolist()):
+            rows = np.flatnonzero(epoch.is_consumed(shard, np.arange(size)))
+            found |= {(number, int(offsets[shard] + row)) for row in rows}
+    return found
 
 
 def specified(index: ShardIndex, num_samples: int) -> set[tuple[int, int]]:
     sizes = [shard.num_samples for shard in index.shards]
     items = remaining_items(sizes, seed=0, num_samples=num_samples, finished_epochs=0, open_epochs={})
     return {(item.epoch, int(shard_offsets(sizes)[item.shard] + row)) for item in items for row in item.rows}
+
+
+def test_failures_end_a_run_when_trying_again_cannot_help(index: ShardIndex, tmp_path: Path) -> None:
+    failures = Failures(toy.toy_plan(tmp_path, index, max_failures=2))
+
+    def fail(*errors: Exception) -> None:
+        failures.after_exception(None, dict(enumerate(errors)))
+
+    with pytest.raises(ValueError, match="on worker 1: the checkpoint has other classes"):
+        fail(RuntimeError("connection reset"), ValueError("the checkpoint has other classes"))
+    with pytest.raises(NonFiniteLossError, match="keys"):
+        fail(NonFiniteLossError("parts of keys ['k1']"))
+    lost = StoreError("s3://bucket is gone")  # a store that comes back is worth another try
+    fail(lost)
+    fail(lost)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)  # progress: the count begins anew
+    fail(lost)
+    fail(lost)
+    with pytest.raises(RuntimeError, match=r"on worker 0: s3://bucket is gone \(failure 3 in a row\)"):
+        fail(lost)
 
 
 def test_a_worker_error_reaches_the_caller_as_it_is(ray_session: None, index: ShardIndex, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dfa.data.reading import epoch_order, remaining_items, shard_offsets
+from dfa.data.stream import ReadReject
 from dfa.train.checkpoint import (
     CheckpointInfo,
     best_checkpoint,
@@ -21,6 +23,7 @@ from dfa.train.checkpoint import (
 )
 from dfa.train.objective import EngineState
 from dfa.train.progress import Ledger, Progress
+from tests.train.toy import toy_batch
 
 SIZES = (7, 5, 8)
 
@@ -53,9 +56,9 @@ def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_run_interrupted_anywhere_consumes_each_pair_exactly_once(seed: int) -> None:
     total, rng = 53, np.random.default_rng(seed)
-    whole = pairs_left(Progress(20), total)
+    whole = pairs_left(Progress(SIZES), total)
     assert len(whole) == total
-    progress, consumed = Progress(20), []
+    progress, consumed = Progress(SIZES), []
     while left := pairs_left(progress, total):
         # workers finish out of order: some of the next dozen samples, never all in a row
         window = left[:12]
@@ -70,15 +73,15 @@ def test_a_run_interrupted_anywhere_consumes_each_pair_exactly_once(seed: int) -
 
 
 def test_what_is_left_after_in_order_consumption_is_the_same_order_continued() -> None:
-    whole = pairs_left(Progress(20), 45)
-    progress = Progress(20)
+    whole = pairs_left(Progress(SIZES), 45)
+    progress = Progress(SIZES)
     progress.add(*zip(*whole[:27], strict=True))
     assert pairs_left(progress, 45) == whole[27:]
 
 
 def test_a_longer_run_continues_a_finished_one() -> None:
-    progress = Progress(20)
-    progress.add(*zip(*pairs_left(Progress(20), 30), strict=True))
+    progress = Progress(SIZES)
+    progress.add(*zip(*pairs_left(Progress(SIZES), 30), strict=True))
     assert pairs_left(progress, 30) == []
     rest = pairs_left(progress, 50)
     progress.add(*zip(*rest, strict=True))
@@ -86,7 +89,7 @@ def test_a_longer_run_continues_a_finished_one() -> None:
 
 
 def test_consuming_a_sample_twice_is_an_error() -> None:
-    progress = Progress(4)
+    progress = Progress([3, 1])
     progress.add([0, 0], [1, 2])
     with pytest.raises(ValueError, match="sample 1 was consumed twice in epoch 0"):
         progress.add([0], [1])
@@ -99,18 +102,62 @@ def test_consuming_a_sample_twice_is_an_error() -> None:
 
 
 def test_a_ledger_adds_its_notes_once() -> None:
-    ledger = Ledger(Progress(10))
-    ledger.note(torch.tensor([0, 0]), torch.tensor([3, 4]))
-    ledger.note(torch.tensor([0]), torch.tensor([5]))
+    ledger = Ledger(Progress([10]), keep_rows=True)
+    ledger.note(toy_batch(range(3, 5)), step=1, micro=0)
+    unread = ReadReject(0, 6, "k6", "does not decode")
+    ledger.note(replace(toy_batch(range(5, 6)), rejected=(unread,)), step=1, micro=1)
     cpu = torch.device("cpu")
-    assert ledger.gather(cpu).num_consumed == 3
-    assert ledger.gather(cpu).num_consumed == 3
+    assert ledger.gather(cpu).num_consumed == 4
+    assert ledger.gather(cpu).num_consumed == 4
+    rows = ledger.gather_rows()
+    assert [(row.micro, row.sample, row.key, row.trained) for row in rows] == [
+        (0, 3, "k3", True),
+        (0, 4, "k4", True),
+        (1, 5, "k5", True),
+        (1, 6, "k6", False),
+    ]
+    assert ledger.gather_rows() == []
 
 
-def test_bitmaps_of_a_million_samples_stay_small() -> None:
-    progress = Progress(1_000_000)
-    progress.add([0, 1], [7, 9])
-    assert sum(t.numel() * t.element_size() for t in progress.to_tensors().values()) < 2 * 125_000 + 100
+def num_bytes(progress: Progress) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in progress.to_tensors().values())
+
+
+def test_a_finished_shard_costs_one_bit_and_a_shard_under_way_one_a_sample() -> None:
+    sizes = [1000] * 100_000  # 100 million samples
+    progress = Progress(sizes)
+    progress.add(np.zeros(50_300, int), np.arange(1_000_000, 1_050_300))
+    assert progress.open_epochs[0].under_way.keys() == {1050}
+    assert num_bytes(progress) < 100_000 / 8 + 1000 / 8 + 200
+    assert (
+        len(list(remaining_items(sizes[:2000], seed=0, num_samples=2_000_000, finished_epochs=0, open_epochs={})))
+        == 2000
+    )
+
+
+def test_coco_in_any_order_takes_less_than_a_megabyte() -> None:
+    progress = Progress([256] * 323 + [95])
+    progress.add(np.zeros(40_000, int), np.random.default_rng(0).permutation(82_783)[:40_000])
+    assert num_bytes(progress) < 20_000
+
+
+def test_progress_of_one_bit_a_sample_is_still_read() -> None:
+    """The form of the first checkpoints."""
+    bits = np.zeros(20, bool)
+    bits[[3, 7, 8, 19]] = True
+    old = {
+        "finished_epochs": torch.tensor([2]),
+        "num_samples": torch.tensor([20]),
+        "epoch-2": torch.tensor(np.packbits(bits)),
+    }
+    progress = Progress.from_tensors(old).over(SIZES)
+    assert progress.num_consumed == 44
+    left = {sample for epoch, sample in pairs_left(progress, 60) if epoch == 2}
+    assert left == set(range(20)) - {3, 7, 8, 19}
+    again = Progress.from_tensors(progress.to_tensors())
+    assert pairs_left(again, 80) == pairs_left(progress, 80)
+    with pytest.raises(ValueError, match="counts 20 samples an epoch in 3 shards, the data set has 20 in 2"):
+        progress.over((10, 10))
 
 
 def state(value: float) -> EngineState:
@@ -119,8 +166,8 @@ def state(value: float) -> EngineState:
 
 
 def save(run: Path, step: int, miou: float | None = None, names: tuple[str, ...] = ("cat", "dog")) -> Path:
-    progress = Progress(20)
-    progress.add([0] * step, range(step))
+    progress = Progress([20])
+    progress.add([0] * step, np.arange(step))
     info = CheckpointInfo(step, step, 0, miou, 5, 1.0, names, {"kind": "toy"})
     return Path(save_checkpoint(run, state(float(step)), progress.to_tensors(), info))
 

@@ -17,7 +17,7 @@ from dfa.data.shards import ShardIndex
 from dfa.data.stream import Batch, eval_batches, to_batch, train_stream
 from dfa.data.writer import finish, plan_shards, write_plan, write_shard
 from dfa.train.objective import LossPart, Objective, OptimizerSettings, ParameterGroup
-from dfa.train.plan import LoopPlan, Resources
+from dfa.train.plan import LoopPlan, Readers
 from dfa.train.progress import Progress
 
 # Adam divides by the gradient's own size: with the usual epsilon 1e-8, rounding decides where a gradient cancels.
@@ -123,10 +123,11 @@ def local_batches(plan: LoopPlan, index: ShardIndex, progress: Progress) -> Iter
     for item in items:
         offset = int(shard_offsets(sizes)[item.shard])
         reader = Reader(index.path(index.shards[item.shard].name), offset, 3, plan.seed, crop, False)
-        for columns in reader.blocks(item, dict):
+        for columns in reader.item_blocks(item, dict):
             rows += [{k: v[i] for k, v in columns.items()} for i in range(len(columns["key"]))]
-            while len(rows) >= plan.micro_batch:
-                now, rows = rows[: plan.micro_batch], rows[plan.micro_batch :]
+            micro = plan.batch_shape(1).micro_batch
+            while len(rows) >= micro:
+                now, rows = rows[:micro], rows[micro:]
                 yield to_batch({k: np.stack([row[k] for row in now]) for k in now[0]})
 
 
@@ -135,7 +136,7 @@ def toy_plan(run: Path, index: ShardIndex, **changes: Any) -> LoopPlan:
     crop = CropSettings(size=12, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
     seed = changes.get("seed", 0)
 
-    def make_dataset(progress: Progress, resources: Resources) -> Any:
+    def make_dataset(progress: Progress, readers: Readers) -> Any:
         return train_stream(
             index,
             seed=seed,
@@ -144,9 +145,9 @@ def toy_plan(run: Path, index: ShardIndex, **changes: Any) -> LoopPlan:
             open_epochs=progress.open_epochs,
             crop=crop,
             with_masks=False,
-            multiple_of=resources.num_workers,
-            read_cpus=resources.read_cpus,
-            max_readers=resources.max_readers,
+            max_workers=plan.num_workers,
+            read_cpus=readers.read_cpus,
+            max_readers=readers.max_readers,
         )
 
     def make_validation(rank: int, world: int) -> Iterable[Batch]:
@@ -156,7 +157,7 @@ def toy_plan(run: Path, index: ShardIndex, **changes: Any) -> LoopPlan:
         "run_folder": str(run),
         "class_names": index.class_names,
         "model_description": {"kind": "toy"},
-        "num_samples": index.num_samples,
+        "shard_sizes": tuple(shard.num_samples for shard in index.shards),
         "make_objective": lambda device: ToyObjective(3).to(device),
         "make_dataset": make_dataset,
         "make_validation": make_validation,

@@ -1,0 +1,81 @@
+"""Runs that are disturbed at random moments, one for each seed, on one simulated cluster; what was repeated or lost."""
+
+import logging
+import os
+import statistics
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.measure import Result, versions
+
+DEFAULT_REPEATS = 20
+_KILLS = 5
+_LIMITS_S = {"kill": 25.0, "leave": 45.0}
+
+
+def faults(repeats: int) -> Result:
+    """Seeds 0 .. repeats - 1; the cluster stays up between them."""
+    from jobs.bench.faulty import NUM_EPOCHS, NUM_SAMPLES, Machines, disturbed_run, make_shards, random_events
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    runs: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        index, machines = make_shards(Path(folder) / "images"), Machines()
+        loads = [os.getloadavg()[0]]
+        try:
+            for seed in range(repeats):
+                runs.append(
+                    disturbed_run(
+                        machines,
+                        Path(folder) / f"run{seed}",
+                        index,
+                        seed=seed,
+                        events=random_events(seed, _KILLS),
+                        engine="auto",
+                    )
+                )
+                logging.getLogger("jobs.bench").info("%s", runs[-1])
+                loads.append(os.getloadavg()[0])
+        finally:
+            machines.close()
+    kills, losses = ([s for run in runs for s in run.recovery_s[event]] for event in ("kill", "leave"))
+    within = [sum(s <= _LIMITS_S[event] for s in found) for event, found in (("kill", kills), ("leave", losses))]
+    return Result(
+        title="Faults",
+        unit="s from a killed worker to the next step",
+        ours=statistics.median(kills),
+        peer=statistics.median(losses),
+        ours_range=(min(kills), max(kills)),
+        peer_range=(min(losses), max(losses)),
+        peer_name="the same from a lost node",
+        versions=versions("torch", "ray", "deepspeed"),
+        lines=(
+            f"{NUM_EPOCHS} epochs over {NUM_SAMPLES} samples on one to two workers, simulated nodes of one CPU on this machine; in each"
+            f" run {_KILLS} workers are killed (SIGKILL), the second node is killed and another joins, at random moments. Repeated and"
+            " lost: samples of the committed history against the specified epochs; order: of each rank against the specified one.",
+            "",
+            f"Of {len(kills)} kills {within[0]} were back within {_LIMITS_S['kill']:g} s, of {len(losses)} lost nodes {within[1]} within"
+            f" {_LIMITS_S['leave']:g} s. Load average between the runs: {min(loads):.1f} to {max(loads):.1f}.",
+            "",
+            *_table(runs),
+        ),
+        extra={"runs": [asdict(run) for run in runs], "exactly_once": all(run.exactly_once for run in runs)},
+    )
+
+
+def _table(runs: list[Any]) -> list[str]:
+    lines = [
+        "| seed | kills | node events | restarts | workers | seconds | samples | repeated | lost | out of order | back after a kill,"
+        " median / max s | after the node's loss, s |",
+        "|" + "---|" * 12,
+    ]
+    for run in runs:
+        kill_s, verdict = run.recovery_s["kill"], run.verdict
+        lines.append(
+            f"| {run.seed} | {run.kills} | {run.node_events} | {run.restarts} | {'-'.join(map(str, run.num_workers))} |"
+            f" {run.seconds:.0f} | {verdict['num_samples']} | {verdict['repeated']} | {verdict['lost']} | {verdict['out_of_order']} |"
+            f" {statistics.median(kill_s):.1f} / {max(kill_s):.1f} | {max(run.recovery_s['leave']):.1f} |"
+        )
+    return lines
