@@ -17,7 +17,7 @@ from dfa.core.rectify import (
     reliable_masks,
     resolve_unreliable,
 )
-from dfa.core.spectrum import BandMeasure, split
+from dfa.core.spectrum import Band, BandMeasure, split
 from dfa.data.stream import Batch
 from dfa.label.pseudo import VOID, PseudoSettings, patch_labels, pseudo_labels
 from dfa.label.seed import make_seeds
@@ -128,7 +128,7 @@ class TrainStep(Objective):
     def affinity_parts(self, outputs: Outputs, label_BN: Tensor, visible_BN: Tensor) -> list[LossPart]:
         """Alignment and rectification (METHOD 1.6-1.12); visible_BN is False where a patch is padding."""
         settings = self.settings
-        low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), mu=settings.mu, mu_as=settings.mu_as)
+        low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), Band(settings.mu, settings.mu_as))
         teacher_BNN = relations(low_BDhw.flatten(2), gain=settings.relation_gain)
         selected_BNN = visible_BN[:, :, None] & visible_BN[:, None, :]
         if settings.use_quality_mask:
