@@ -7,7 +7,7 @@ over the whole map, in unshifted fftfreq order; `n / size` is in cycles per pixe
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, sqrt
+from math import ceil, pi, sqrt
 from typing import Literal
 
 import torch
@@ -167,13 +167,59 @@ def band_spectrum(x_BHW: Tensor, *, nu_max: int) -> Tensor:
     Rows in fftfreq order. What is left out on the left half-plane is the conjugate of what is there. Costs one pass along the
     rows and one along the kept columns alone, so a narrow band takes about half the time of the whole transform.
     """
-    height, width = x_BHW.shape[-2:]
     with torch.autocast(x_BHW.device.type, enabled=False):
         rows = torch.fft.rfft(_at_least_single(x_BHW), norm="ortho")[..., : nu_max + 1]
-        kept = torch.fft.fft(rows, dim=-2, norm="ortho")
+        return _low_rows(torch.fft.fft(rows, dim=-2, norm="ortho"), nu_max)
+
+
+def label_spectrum(label_HW: Tensor, slot_V: Tensor, *, num_slots: int, nu_max: int, dtype: torch.dtype) -> Tensor:
+    """`band_spectrum` of the one-hot masks of a label map, without the masks: complex num_slots x (rows) x (columns).
+
+    label_HW: uint8. slot_V: for each of the 256 labels the mask that it belongs to, or num_slots for none. dtype: float32 or
+    float64. A run of equal pixels adds `E(stop) - E(start)` to its row, `E(x) = sum over t < x of exp(-2 pi i n t / W)`: a
+    row of a label map changes a few times, so this costs a fraction of transforming every row.
+    """
+    (height, width), device = label_HW.shape, label_HW.device
+    edge_XQ = _edge_table(width, min(nu_max, width // 2), dtype, str(device))
+    change_R = (label_HW[:, 1:] != label_HW[:, :-1]).view(-1).nonzero()[:, 0]
+    row_R = torch.div(change_R, max(1, width - 1), rounding_mode="floor")
+    left_R = change_R + row_R  # the pixel left of the change, in the whole map
+    label_R = label_HW.reshape(-1).index_select(0, torch.cat([left_R, left_R + 1])).int()
+    place_R = torch.stack(
+        [
+            slot_V.index_select(0, label_R).mul_(height).add_(row_R.repeat(2)),
+            (left_R - row_R * width + 1).repeat(2),
+        ]
+    )
+    sign_R = torch.ones(place_R.shape[1], dtype=dtype, device=device)
+    sign_R[len(left_R) :] = -1
+    size = ((num_slots + 1) * height, width + 1)
+    rows = torch.sparse.mm(torch.sparse_coo_tensor(place_R, sign_R, size, check_invariants=False), edge_XQ)
+    # The last run of a row stops at E(width), which is 0 but for the mean.
+    last_R = slot_V.index_select(0, label_HW[:, -1].int()) * height + torch.arange(height, device=device)
+    rows[last_R, 0] += sqrt(width)
+    kept = torch.view_as_complex(rows.view(num_slots + 1, height, -1, 2)[:num_slots])
+    return _low_rows(torch.fft.fft(kept, dim=-2, norm="ortho"), nu_max)
+
+
+@lru_cache(maxsize=64)
+def _edge_table(width: int, nu_max: int, dtype: torch.dtype, device: str) -> Tensor:
+    """E(x), x = 0..width, for the bins 0..nu_max, with the transform's 1/sqrt(width): real and imaginary parts in turn."""
+    with torch.inference_mode(False):
+        bins_Q = torch.arange(nu_max + 1, dtype=torch.float64)
+        place_X = torch.arange(width, dtype=torch.float64)
+        phase_XQ = torch.polar(
+            torch.ones(1, 1, dtype=torch.float64), -2 * pi / width * (place_X[:, None] * bins_Q % width)
+        )
+        sums_XQ = torch.cat([phase_XQ.new_zeros(1, nu_max + 1), phase_XQ.cumsum(0)]) / sqrt(width)
+        return torch.view_as_real(sums_XQ).flatten(1).to(device=device, dtype=dtype)
+
+
+def _low_rows(spectrum_BRQ: Tensor, nu_max: int) -> Tensor:
+    height = spectrum_BRQ.shape[-2]
     if 2 * nu_max + 1 >= height:
-        return kept
-    return torch.cat([kept[..., : nu_max + 1, :], kept[..., height - nu_max :, :]], dim=-2)
+        return spectrum_BRQ
+    return torch.cat([spectrum_BRQ[..., : nu_max + 1, :], spectrum_BRQ[..., height - nu_max :, :]], dim=-2)
 
 
 def band_products(x_BHW: Tensor, y_BHW: Tensor, *, nu_max: int) -> Tensor:
@@ -183,24 +229,22 @@ def band_products(x_BHW: Tensor, y_BHW: Tensor, *, nu_max: int) -> Tensor:
     products are folded to `(|ny|, |nx|)` and summed along both axes. The last entry is `<x, y>` where nu_max reaches half of
     the longer side (Parseval).
     """
-    height, width = x_BHW.shape[-2:]
-    product = band_spectrum(x_BHW, nu_max=nu_max).conj() * band_spectrum(y_BHW, nu_max=nu_max)
-    return _square_sums(product.real, height, width, nu_max)
+    size = (x_BHW.shape[-2], x_BHW.shape[-1])
+    return square_products(*(band_spectrum(each, nu_max=nu_max) for each in (x_BHW, y_BHW)), size=size, nu_max=nu_max)
 
 
-def _square_sums(half_BRQ: Tensor, height: int, width: int, nu_max: int) -> Tensor:
-    """Sums over the squares of 0..nu_max bins from the half-plane that `band_spectrum` keeps."""
-    device, num_rows, num_columns = half_BRQ.device, *half_BRQ.shape[-2:]
-    row_R = (
-        distance_from_zero(height, device=device) if num_rows == height else distance_from_zero(num_rows, device=device)
-    )
+def square_products(x_BRQ: Tensor, y_BRQ: Tensor, *, size: tuple[int, int], nu_max: int) -> Tensor:
+    """`band_products` from the half-planes that `band_spectrum` or `label_spectrum` gave for maps of `size` pixels."""
+    (height, width), num_columns = size, x_BRQ.shape[-1]
+    half_BRQ = (x_BRQ.real * y_BRQ.real + x_BRQ.imag * y_BRQ.imag).double()
     # Each kept column but the first stands for its mirror image too, unless it is its own (Nyquist of an even axis).
-    weight_Q = torch.full((num_columns,), 2.0, dtype=torch.float64, device=device)
-    weight_Q[0] = 1.0
-    if width % 2 == 0 and num_columns == width // 2 + 1:
-        weight_Q[-1] = 1.0
-    folded = torch.zeros(*half_BRQ.shape[:-2], nu_max + 1, nu_max + 1, dtype=torch.float64, device=device)
-    folded[..., :num_columns].index_add_(-2, row_R, half_BRQ * weight_Q)
+    mirrored = slice(1, num_columns - 1 if width % 2 == 0 and num_columns == width // 2 + 1 else num_columns)
+    half_BRQ[..., mirrored] *= 2
+    highest = min(nu_max, height // 2)
+    negative = half_BRQ[..., highest + 1 :, :].flip(-2)
+    folded = half_BRQ.new_zeros(*half_BRQ.shape[:-2], nu_max + 1, nu_max + 1)
+    folded[..., : highest + 1, :num_columns] = half_BRQ[..., : highest + 1, :]
+    folded[..., 1 : negative.shape[-2] + 1, :num_columns] += negative
     return folded.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
 
 
