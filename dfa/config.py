@@ -161,6 +161,10 @@ class DecoderConfig:
     mlp_ratio: float = _number(4.0, 0.5, 16.0)
     dropout: float = _number(0.1, 0.0, 0.9)
     normalize_tokens: bool = True
+    mixer: str = _choice("attention", "attention", "spam", "hybrid")  # METHOD 4; hybrid: spam first, then attention
+    radius: float = _number(2.0, 0.1, 1_000.0)  # spam: the low band, an open disc of so many bins; 1: the mean
+    drop: float = _number(0.0, 0.0, 0.9)  # spam: stochastic depth
+    grid: float = _number(0.0, 0.0, 1.0)  # feature truncation: share of the patch grid's sides; 0: off
 
 
 @dataclass
@@ -171,6 +175,7 @@ class LossConfig:
     rectification: float = _number(0.2, 0.0, 100.0)  # lambda_2
     # labels: masks of shards.labels, a second stage; masks: ground truth, the fully supervised bound, never a result
     supervision: str = _choice("pseudo", "pseudo", "labels", "masks")
+    annotation_grid: int = _number(0, 0, 4096)  # what supervises, block-wise: blocks along a crop (2 nu_max + 1); 0: as it is
 
 
 @dataclass

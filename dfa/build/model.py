@@ -128,6 +128,10 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
             mlp_ratio=decoder.mlp_ratio,
             dropout=decoder.dropout,
             normalize_tokens=decoder.normalize_tokens,
+            mixer=decoder.mixer,  # type: ignore[arg-type]
+            radius=decoder.radius,
+            drop=decoder.drop,
+            grid_share=decoder.grid,
         ),
         pair_logit("low"),
         pair_logit("high"),

@@ -62,6 +62,7 @@ def train_step(config: Config, device: torch.device) -> TrainStep:
         alignment_weight=loss.alignment,
         rectification_weight=loss.rectification,
         supervision=loss.supervision,  # type: ignore[arg-type]
+        annotation_grid=loss.annotation_grid,
         pseudo=pseudo_settings(config),
         decoder_rate_scale=train.decoder_rate_scale,
         affinity_rate_scale=train.affinity_rate_scale,

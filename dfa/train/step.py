@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dfa.clip import Features
+from dfa.core.analysis.truncation import block_annotation
 from dfa.core.metrics import confusion_matrix
 from dfa.core.rectify import Student as AlignmentStudent
 from dfa.core.rectify import (
@@ -37,7 +38,8 @@ class StepSettings:
     mu, mu_as: the decoder's low band. relation_gain: contrast of the relations. window: METHOD 1.11's r on a grid of 20
     patches a row; scaled to the grid at hand. supervision: what Y is. `pseudo`: labels from the CAM of this very step;
     `labels`: the batch's offline pseudo-labels, of a first stage or refreshed beside this run; `masks`: ground truth (the
-    supervised bound, which trains the decoder alone).
+    supervised bound, which trains the decoder alone). annotation_grid: Y, whatever it is, becomes block-wise, so many blocks
+    along each side of the crop (METHOD 3, block-wise annotation); 0: left as it is.
     """
 
     mu: float
@@ -50,6 +52,7 @@ class StepSettings:
     alignment_weight: float
     rectification_weight: float
     supervision: Literal["pseudo", "labels", "masks"]
+    annotation_grid: int
     pseudo: PseudoSettings
     decoder_rate_scale: float
     affinity_rate_scale: float
@@ -89,14 +92,20 @@ class TrainStep(Objective):
             if batch.mask_BHW is None:
                 raise ValueError("loss.supervision=masks needs shards with masks; write them with data.masks set")
             _, logits_BChw = self.student.decoder(features.tokens_BLND, features.grid)
-            return _segmentation_parts(logits_BChw, batch.mask_BHW)
+            return segmentation_parts(logits_BChw, self.annotated(batch.mask_BHW, batch.valid_BHW))
         outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid)
-        label_BHW = self._labels(batch, features, outputs)
+        label_BHW = self.annotated(self._labels(batch, features, outputs), batch.valid_BHW)
         label_BN, visible_BN = (patch_labels(each, features.grid).flatten(1) for each in (label_BHW, batch.valid_BHW))
         return [
-            *_segmentation_parts(outputs.logits_BChw, label_BHW),
+            *segmentation_parts(outputs.logits_BChw, label_BHW),
             *self.affinity_parts(outputs, label_BN, visible_BN),
         ]
+
+    def annotated(self, label_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
+        """Y in blocks where the settings say so. Padding stays void, whatever its block's centre is."""
+        if not self.settings.annotation_grid:
+            return label_BHW
+        return block_annotation(label_BHW, grid=self.settings.annotation_grid).masked_fill(~valid_BHW, VOID)
 
     def _labels(self, batch: Batch, features: Features, outputs: Outputs) -> Tensor:
         """Y of each sample, int64 B x H x W, void on padding. CAMs are made for the samples that need them alone."""
@@ -156,7 +165,8 @@ class TrainStep(Objective):
         return confusion_matrix(logits_BCHW.argmax(1), batch.mask_BHW, num_classes=self.num_classes)
 
 
-def _segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPart]:
+def segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPart]:
+    """Both halves of L_seg for logits on the patch grid (METHOD 1.19)."""
     size = (target_BHW.shape[1], target_BHW.shape[2])
     background, foreground = segmentation_loss(upsample_logits(logits_BChw, size), target_BHW)
     return [
