@@ -1,5 +1,6 @@
 """One training step of DFA: batch in, parts of the loss out (METHOD 1.6-1.19)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +22,13 @@ from dfa.core.rectify import (
 from dfa.core.spectrum import Band, BandMeasure, split
 from dfa.data.stream import Batch
 from dfa.label.pseudo import VOID, PseudoSettings, patch_labels, pseudo_labels
-from dfa.label.seed import make_seeds
+from dfa.label.seed import Seeds, make_seeds
 from dfa.model.losses import segmentation_loss, upsample_logits
 from dfa.model.segmenter import Segmenter
 from dfa.model.student import Outputs
 from dfa.train.objective import LossPart, Objective, ParameterGroup
+
+Rows = Tensor | slice
 
 _PAPER_GRID = 20
 """Patches per row of the paper's 320 px crops, to which its window belongs."""
@@ -94,7 +97,9 @@ class TrainStep(Objective):
             _, logits_BChw = self.student.decoder(features.tokens_BLND, features.grid)
             return segmentation_parts(logits_BChw, self.annotated(batch.mask_BHW, batch.valid_BHW))
         outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid)
-        label_BHW = self.annotated(self._labels(batch, features, outputs), batch.valid_BHW)
+        label_BHW = self.labels(
+            batch, lambda rows: self.seed_labels(batch, self.seeds(batch, features, outputs, rows), features.grid, rows)
+        )
         label_BN, visible_BN = (patch_labels(each, features.grid).flatten(1) for each in (label_BHW, batch.valid_BHW))
         return [
             *segmentation_parts(outputs.logits_BChw, label_BHW),
@@ -107,28 +112,30 @@ class TrainStep(Objective):
             return label_BHW
         return block_annotation(label_BHW, grid=self.settings.annotation_grid).masked_fill(~valid_BHW, VOID)
 
-    def _labels(self, batch: Batch, features: Features, outputs: Outputs) -> Tensor:
-        """Y of each sample, int64 B x H x W, void on padding. CAMs are made for the samples that need them alone."""
+    def labels(self, batch: Batch, online: Callable[[Rows], Tensor]) -> Tensor:
+        """Y of each sample, int64 B x H x W, void on padding. `online` makes it for the samples that need it alone."""
         if self.settings.supervision == "pseudo":
-            return self._online_labels(batch, features, outputs, slice(None))
+            return self.annotated(online(slice(None)), batch.valid_BHW)
         if batch.mask_BHW is None or batch.given_B is None:
             raise ValueError("loss.supervision=labels needs batches with offline labels; give shards.labels")
         label_BHW = batch.mask_BHW.long().masked_fill(~batch.valid_BHW, VOID)
         rows_R = (~batch.given_B).nonzero()[:, 0]
         if len(rows_R):
-            label_BHW[rows_R] = self._online_labels(batch, features, outputs, rows_R)
-        return label_BHW
+            label_BHW[rows_R] = online(rows_R)
+        return self.annotated(label_BHW, batch.valid_BHW)
 
-    def _online_labels(self, batch: Batch, features: Features, outputs: Outputs, rows: Tensor | slice) -> Tensor:
-        """Pseudo-labels of some samples of the batch by the student as it is now, R x H x W."""
-        labels_RC = batch.labels_BC[rows]
+    def seeds(self, batch: Batch, features: Features, outputs: Outputs, rows: Rows) -> Seeds:
+        """Seeds of some samples of the batch by the student as it is now."""
         affinities = self.segmenter.affinities(outputs.low_logit_BNN[rows], outputs.high_logit_BNN[rows])
-        seeds = make_seeds(features.similarity_BNK[rows], labels_RC, affinities, self.segmenter.seed)
+        return make_seeds(features.similarity_BNK[rows], batch.labels_BC[rows], affinities, self.segmenter.seed)
+
+    def seed_labels(self, batch: Batch, seeds: Seeds, grid: tuple[int, int], rows: Rows) -> Tensor:
+        """Pseudo-labels of these samples from their seeds, R x H x W."""
         return pseudo_labels(
             seeds.cam_BNC,
-            labels_RC,
+            batch.labels_BC[rows],
             batch.image_B3HW[rows],
-            features.grid,
+            grid,
             self.settings.pseudo,
             prompt_BN=seeds.background_BN,
             valid_BHW=batch.valid_BHW[rows],
