@@ -73,7 +73,7 @@ def train_step(config: Config, device: torch.device) -> TrainStep:
     if config.crop.size % built.patch_size:
         raise ValueError(f"crop.size {config.crop.size} is not a multiple of the encoder's patch, {built.patch_size}")
     num_classes = len(class_set(config).names)
-    if config.method == "dfa":
+    if config.method == "dfa" or loss.supervision == "masks":  # the supervised bound trains the decoder alone
         return TrainStep(built, settings, num_classes=num_classes)
     return FfrStep(built, settings, _ffr_settings(config), num_classes=num_classes)
 

@@ -55,7 +55,7 @@ class FfrStep(TrainStep):
         super().__init__(segmenter, settings, num_classes=num_classes)
         decoder = self.student.decoder
         if settings.supervision == "masks":
-            raise ValueError("loss.supervision=masks trains the decoder alone; it needs method=dfa")
+            raise ValueError("loss.supervision=masks trains the decoder alone, without FFR's losses")
         if not 0 <= ffr.block <= decoder.num_blocks:
             raise ValueError(f"ffr.block is {ffr.block}, the decoder reads {decoder.num_blocks} blocks")
         if ffr.high_labels not in ("intermediate", "same"):
