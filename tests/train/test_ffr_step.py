@@ -90,6 +90,17 @@ def test_the_classifier_learns_the_image_level_labels_from_visible_patches():
     assert part.count == 3 * 10  # every class of every image
     torch.testing.assert_close(part.total / part.count, torch.tensor(2.0).log())  # zeros know nothing
     assert touched(step, "intermediate_classifier") == {"classifier"}
+    with torch.no_grad():
+        step.classifier.weight.normal_()
+        features = step.segmenter.encode(batch.image_B3HW)
+        tokens = features.tokens_BLND[:, 2]  # the middle one of five
+        tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        visible = tokens.unflatten(1, (6, 6))[:, :, :5].flatten(1, 2)  # the last column of patches is padding
+        pooled = (visible @ step.classifier.weight.T + step.classifier.bias).amax(1)
+        expected = torch.nn.functional.multilabel_soft_margin_loss(pooled, batch.labels_BC.float())
+        part = made(step, batch)["intermediate_classifier"]
+        torch.testing.assert_close(part.total / part.count, expected, atol=1e-4, rtol=1e-4)
+        step.classifier.weight.zero_()
     optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
