@@ -82,7 +82,8 @@ def test_only_build_and_jobs_know_the_configuration():
 
 
 def test_core_needs_torch_alone():
-    code = "import sys, dfa.core.affinity, dfa.core.cam, dfa.core.metrics, dfa.core.rectify, dfa.core.spectrum, dfa.core.transport;"
+    code = "import sys, dfa.core.affinity, dfa.core.cam, dfa.core.metrics, dfa.core.rectify, dfa.core.spectrum, dfa.core.transport,"
+    code += " dfa.core.analysis.cost, dfa.core.analysis.gradients, dfa.core.analysis.labels, dfa.core.analysis.truncation, dfa.core.ffr;"
     code += (
         f"print([m for m in {sorted([*DOORS, 'PIL', 'pyarrow', 'safetensors', 'torchvision'])} if m in sys.modules])"
     )

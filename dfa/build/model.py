@@ -91,7 +91,8 @@ def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str]) -
         ValueError: other classes than `class_names`, or weights of another decoder or affinity.
     """
     weights, _ = load_weights(folder, class_names=class_names)
-    own = {name.removeprefix("student."): value for name, value in weights.items()}
+    # What else an objective trains, such as FFR's second head, serves training alone.
+    own = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     _check_fit(own, built.student.state_dict(), folder)
     built.student.load_state_dict(own)
     built.student.eval()
@@ -128,6 +129,10 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
             mlp_ratio=decoder.mlp_ratio,
             dropout=decoder.dropout,
             normalize_tokens=decoder.normalize_tokens,
+            mixer=decoder.mixer,  # type: ignore[arg-type]
+            radius=decoder.radius,
+            drop=decoder.drop,
+            grid_share=decoder.grid,
         ),
         pair_logit("low"),
         pair_logit("high"),
@@ -157,4 +162,4 @@ def _seed_settings(config: Config, clip: FrozenClip) -> SeedSettings:
 def model_description(config: Config) -> dict[str, Any]:
     """What a checkpoint's weights fit: kept in checkpoints, and compared when one is loaded for training."""
     described = configuration.to_dict(config)
-    return {name: described[name] for name in ("clip", "decoder", "affinity")}
+    return {name: described[name] for name in ("method", "clip", "decoder", "affinity")}

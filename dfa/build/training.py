@@ -17,6 +17,7 @@ from dfa.data.stream import Batch, CropSettings, eval_batches, train_stream
 from dfa.label.pseudo import PseudoSettings
 from dfa.label.refine import RefineSettings
 from dfa.train.engine import OptimizerSettings
+from dfa.train.ffr_step import FfrSettings, FfrStep
 from dfa.train.plan import LoopPlan, Readers
 from dfa.train.progress import Progress
 from dfa.train.record import Observer
@@ -65,6 +66,7 @@ def train_step(config: Config, device: torch.device) -> TrainStep:
         alignment_weight=loss.alignment,
         rectification_weight=loss.rectification,
         supervision=loss.supervision,  # type: ignore[arg-type]
+        annotation_grid=loss.annotation_grid,
         pseudo=pseudo_settings(config),
         decoder_rate_scale=train.decoder_rate_scale,
         affinity_rate_scale=train.affinity_rate_scale,
@@ -73,7 +75,25 @@ def train_step(config: Config, device: torch.device) -> TrainStep:
     built = segmenter(config, device)
     if config.crop.size % built.patch_size:
         raise ValueError(f"crop.size {config.crop.size} is not a multiple of the encoder's patch, {built.patch_size}")
-    return TrainStep(built, settings, num_classes=len(class_set(config).names))
+    num_classes = len(class_set(config).names)
+    if config.method == "dfa" or loss.supervision == "masks":  # the supervised bound trains the decoder alone
+        return TrainStep(built, settings, num_classes=num_classes)
+    return FfrStep(built, settings, _ffr_settings(config), num_classes=num_classes)
+
+
+def _ffr_settings(config: Config) -> FfrSettings:
+    ffr = config.ffr
+    return FfrSettings(
+        high_weight=ffr.high,
+        rectification_weight=ffr.rectification,
+        classifier_weight=ffr.classifier,
+        confidence=ffr.confidence,
+        fallback_share=ffr.fallback_share,
+        deviations=ffr.deviations,
+        block=ffr.block,
+        high_labels=ffr.high_labels,
+        with_affinities=config.method == "dfa+ffr",
+    )
 
 
 def loop_plan(config: Config) -> LoopPlan:

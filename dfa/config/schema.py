@@ -144,6 +144,10 @@ class DecoderConfig:
     mlp_ratio: float = _number(4.0, 0.5, 16.0)
     dropout: float = _number(0.1, 0.0, 0.9)
     normalize_tokens: bool = True
+    mixer: str = _choice("attention", "attention", "spam", "hybrid")  # METHOD 4; hybrid: spam first, then attention
+    radius: float = _number(2.0, 0.1, 1_000.0)  # spam: the low band, an open disc of so many bins; 1: the mean
+    drop: float = _number(0.0, 0.0, 0.9)  # spam: stochastic depth
+    grid: float = _number(0.0, 0.0, 1.0)  # feature truncation: share of the patch grid's sides; 0: off
 
 
 @dataclass
@@ -154,6 +158,23 @@ class LossConfig:
     rectification: float = _number(0.2, 0.0, 100.0)  # lambda_2
     # labels: masks of shards.labels, a second stage; masks: ground truth, the fully supervised bound, never a result
     supervision: str = _choice("pseudo", "pseudo", "labels", "masks")
+    annotation_grid: int = _number(
+        0, 0, 4096
+    )  # what supervises, block-wise: blocks along a crop (2 nu_max + 1); 0: as it is
+
+
+@dataclass
+class FfrConfig:
+    """FFR's own numbers, for method ffr and dfa+ffr (METHOD 2); its bands are those of `frequency`."""
+
+    high: float = _number(2.0, 0.0, 100.0)  # lambda_h
+    rectification: float = _number(1.0, 0.0, 100.0)  # lambda_1
+    classifier: float = _number(1.0, 0.0, 100.0)  # weight of the intermediate classifier's loss
+    confidence: float = _number(0.6, 0.0, 1.0)  # CAM above it: a confident token
+    fallback_share: float = _number(0.1, 1e-3, 1.0)  # of the tokens, where none is confident
+    deviations: float = _number(1.0, 0.0, 10.0)  # selected: |a - l| > mean + so many standard deviations
+    block: int = _number(0, 0, 64)  # token block of the intermediate classifier; 0: the middle one
+    high_labels: str = _choice("intermediate", "intermediate", "same")  # what the second head learns from
 
 
 @dataclass
@@ -271,6 +292,7 @@ class Config:
 
     name: str = "run"
     run: str = "runs/run"  # folder of everything that the run writes
+    method: str = _choice("dfa", "dfa", "ffr", "dfa+ffr")  # whose losses
     data: DataConfig = field(default_factory=DataConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -281,6 +303,7 @@ class Config:
     pseudo: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    ffr: FfrConfig = field(default_factory=FfrConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     crf: CrfConfig = field(default_factory=CrfConfig)
     label: LabelConfig = field(default_factory=LabelConfig)

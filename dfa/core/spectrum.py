@@ -1,67 +1,253 @@
-"""Low and high band of feature maps on the patch grid (METHOD 1.6; DFA's LFAA and HFAR, FFR)."""
+"""The frequency toolbox: bands of feature and label maps, and every Fourier transform of the project.
 
+DFA's bands (METHOD 1.6), FFR's (2), the spectral analysis (3) and SPANet's mixer (4) share it. Transforms are over the last
+two axes, orthonormal, and in fp32 at least, also under autocast; fp64 stays fp64. Frequencies are integer bins `n`, cycles
+over the whole map, in unshifted fftfreq order; `n / size` is in cycles per pixel (or patch), so an axis spans [-1/2, 1/2].
+"""
+
+from dataclasses import dataclass
 from functools import lru_cache
-from math import sqrt
+from math import ceil, pi, sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 BandMeasure = Literal["half_width", "side", "area"]
+BandKind = Literal["half_width", "side", "area", "bins", "disc"]
+
+_LARGEST_MU = {"half_width": 0.5, "side": 1.0, "area": 1.0}
+# Room for products such as 0.1 * 30 that miss an integer by rounding.
+_ROUNDING = 1e-6
 
 
-def band_mask(height: int, width: int, *, mu: float, mu_as: BandMeasure, device: torch.device | str) -> Tensor:
-    """Bins of the low band `B_mu`: the square `max(|fx|, |fy|) <= limit`, bool hw, in unshifted fftfreq order.
+@dataclass(frozen=True)
+class Band:
+    """A low band, centred on frequency zero.
 
-    Frequencies are in cycles per patch, so an axis spans [-1/2, 1/2]. Our reading, since neither paper says what the 0.4 of its
-    "regional ratio" measures: `half_width` limit = mu (0.4 keeps 17 of 20 bins an axis), `side` the square's side is the share mu
-    of the axis (limit = mu/2), `area` its area is the share mu of all bins (limit = sqrt(mu)/2).
-    A bin and its negative are always kept or dropped together (the lone Nyquist bin of an even axis is its own negative), so the
-    band of a real signal is real. Cached: do not write to the result.
+    kind and value:
+        "half_width", "side", "area": the square `max(|fx|, |fy|) <= limit` in cycles per pixel. Our reading, since neither paper
+            says what the mu = 0.4 of its "regional ratio" measures: half_width limit = mu (0.4 keeps 17 of 20 bins an axis),
+            side the square's side is the share mu of the axis (limit = mu/2), area its area is the share mu of all bins
+            (limit = sqrt(mu)/2). On a grid that is not square, so is the band in bins.
+        "bins": the square `max(|nx|, |ny|) <= nu_max` in bins, an integer (METHOD 3); grid size LRG = 2 nu_max + 1.
+        "disc": the open disc `nx^2 + ny^2 < r^2` in bins (METHOD 4); r = 1 is the mean alone.
 
-    >>> band_mask(1, 4, mu=0.25, mu_as="half_width", device="cpu")
+    A bin and its negative are always kept or dropped together (the lone Nyquist bin of an even axis is its own negative), so
+    the band of a real map is real.
+    """
+
+    value: float
+    kind: BandKind
+
+    def __post_init__(self) -> None:
+        value, kind = self.value, self.kind
+        if kind in _LARGEST_MU:
+            if not 0 <= value <= _LARGEST_MU[kind]:
+                raise ValueError(f"mu must be in [0, {_LARGEST_MU[kind]:g}] as {kind}, got {value}")
+        elif kind == "bins":
+            if value < 0 or value != int(value):
+                raise ValueError(f"nu_max must be an integer of at least 0, got {value}")
+        elif kind == "disc":
+            if not value > 0:
+                raise ValueError(f"the radius of a disc must be above 0, got {value}")
+        else:
+            raise ValueError(f"the kind of a band must be one of {[*_LARGEST_MU, 'bins', 'disc']}, got {kind!r}")
+
+
+def band_mask(height: int, width: int, band: Band, *, device: torch.device | str) -> Tensor:
+    """Bins of the band `B_mu` on a grid of height x width: bool hw. Cached per size, band and device: do not write to it.
+
+    >>> band_mask(1, 4, Band(0.25, "half_width"), device="cpu")
     tensor([[ True,  True, False,  True]])
     """
-    return _cached_mask(height, width, mu, mu_as, str(device))
+    if height < 1 or width < 1:
+        raise ValueError(f"the grid must have at least one cell, got {height} x {width}")
+    return _cached_mask(height, width, band, str(device))
 
 
 @lru_cache(maxsize=256)
-def _cached_mask(height: int, width: int, mu: float, mu_as: str, device: str) -> Tensor:
-    limits = {"half_width": mu, "side": mu / 2, "area": sqrt(max(mu, 0.0)) / 2}
-    if mu_as not in limits:
-        raise ValueError(f"mu_as must be one of {sorted(limits)}, got {mu_as!r}")
-    limit = limits[mu_as]
-    if not (mu >= 0 and limit <= 0.5):
-        raise ValueError(f"mu must be in [0, {0.5 if mu_as == 'half_width' else 1}] as {mu_as}, got {mu}")
-    if height < 1 or width < 1:
-        raise ValueError(f"the grid must have at least one patch, got {height} x {width}")
+def _cached_mask(height: int, width: int, band: Band, device: str) -> Tensor:
     # A tensor made under inference mode could never again be part of a training step.
     with torch.inference_mode(False):
-        rows, columns = (_inside(size, limit, device) for size in (height, width))
+        row_h, column_w = distance_from_zero(height, device=device), distance_from_zero(width, device=device)
+        if band.kind == "disc":
+            return row_h[:, None] ** 2 + column_w[None, :] ** 2 < band.value**2
+        rows, columns = row_h <= highest_bin(band, height), column_w <= highest_bin(band, width)
         return rows[:, None] & columns[None, :]
 
 
-def _inside(size: int, limit: float, device: str) -> Tensor:
+def distance_from_zero(size: int, *, device: torch.device | str) -> Tensor:
+    """|n| of each bin of an axis: 0, 1, 2, ..., 2, 1."""
     index = torch.arange(size, device=device)
-    # Integers against limit * size, with room for products such as 0.1 * 30 that miss an integer by rounding.
-    return torch.minimum(index, size - index) <= limit * size + 1e-6
+    return torch.minimum(index, size - index)
 
 
-def low_pass(x_BDhw: Tensor, *, mu: float, mu_as: BandMeasure) -> Tensor:
-    """`F^-1(B_mu . F(x))` over the last two axes, of the shape of x; fp32 at least, also under autocast (METHOD 1.6).
+def highest_bin(band: Band, size: int) -> int:
+    """nu_max of a band on an axis of `size` cells: the largest |n| kept there, at most size // 2.
 
-    >>> low_pass(torch.tensor([[[[1.0, -1.0, 1.0, -1.0]]]]), mu=0.0, mu_as="half_width").abs().max()
+    >>> highest_bin(Band(0.4, "half_width"), 20), highest_bin(Band(1.0, "disc"), 20)
+    (8, 0)
+    """
+    mu = band.value
+    limits = {"half_width": mu, "side": mu / 2, "area": sqrt(mu) / 2}
+    if band.kind in limits:
+        return int(limits[band.kind] * size + _ROUNDING)
+    return min(size // 2, int(mu) if band.kind == "bins" else ceil(mu) - 1)
+
+
+def mu_of(nu_max: int, size: int) -> float:
+    """Half-width in cycles per cell of the band of nu_max bins on an axis of `size` cells.
+
+    >>> highest_bin(Band(mu_of(7, 30), "half_width"), 30)
+    7
+    """
+    return nu_max / size
+
+
+def grid_of(nu_max: int) -> int:
+    """LRG: cells along a grid that just resolves nu_max cycles, `2 nu_max + 1` (spectral analysis, 3.1).
+
+    >>> [grid_of(nu_max) for nu_max in (256, 64, 32, 8)]
+    [513, 129, 65, 17]
+    """
+    return 2 * nu_max + 1
+
+
+def bins_of(grid: int) -> int:
+    """nu_max of a grid of so many cells along an axis: `grid_of` undone; an even grid has room for one bin less than half.
+
+    >>> bins_of(513), bins_of(20)
+    (256, 9)
+    """
+    if grid < 1:
+        raise ValueError(f"a grid has at least one cell an axis, got {grid}")
+    return (grid - 1) // 2
+
+
+def radius_of(nu_max: int) -> float:
+    """Radius of the smallest open disc of an integer radius that holds the bins 0..nu_max of each axis: nu_max + 1."""
+    return float(nu_max + 1)
+
+
+def transform(x_BHW: Tensor) -> Tensor:
+    """`F(x) = 1/sqrt(HW) sum_t x(t) exp(-2 pi i (ny ty/H + nx tx/W))` over the last two axes: complex, of the shape of x."""
+    with torch.autocast(x_BHW.device.type, enabled=False):
+        return torch.fft.fft2(_at_least_single(x_BHW), norm="ortho")
+
+
+def inverse_transform(x_BHW: Tensor) -> Tensor:
+    """`F^-1`, the orthonormal inverse of `transform`: complex, of the shape of x, whose last two axes are frequencies."""
+    with torch.autocast(x_BHW.device.type, enabled=False):
+        return torch.fft.ifft2(_at_least_single(x_BHW), norm="ortho")
+
+
+def low_pass(x_BDhw: Tensor, band: Band) -> Tensor:
+    """`F^-1(B . F(x))` of real maps over the last two axes, of the shape of x (METHOD 1.6).
+
+    >>> low_pass(torch.tensor([[1.0, -1.0, 1.0, -1.0]]), Band(0.0, "half_width")).abs().max()
     tensor(0.)
     """
     height, width = x_BDhw.shape[-2:]
-    mask_hw = band_mask(height, width, mu=mu, mu_as=mu_as, device=x_BDhw.device)
+    mask_hw = band_mask(height, width, band, device=x_BDhw.device)
     with torch.autocast(x_BDhw.device.type, enabled=False):
-        x_BDhw = x_BDhw if x_BDhw.dtype == torch.float64 else x_BDhw.float()
-        spectrum = torch.fft.rfft2(x_BDhw) * mask_hw[:, : width // 2 + 1]
+        spectrum = torch.fft.rfft2(_at_least_single(x_BDhw)) * mask_hw[:, : width // 2 + 1]
         return torch.fft.irfft2(spectrum, s=(height, width))
 
 
-def split(x_BDhw: Tensor, *, mu: float, mu_as: BandMeasure) -> tuple[Tensor, Tensor]:
+def split(x_BDhw: Tensor, band: Band) -> tuple[Tensor, Tensor]:
     """Low band and the rest, `F_ld` and `F_hd = F_d - F_ld`: they add up to x (METHOD 1.6)."""
-    low_BDhw = low_pass(x_BDhw, mu=mu, mu_as=mu_as)
+    low_BDhw = low_pass(x_BDhw, band)
     return low_BDhw, x_BDhw.to(low_BDhw.dtype) - low_BDhw
+
+
+def band_spectrum(x_BHW: Tensor, *, nu_max: int) -> Tensor:
+    """The bins `|ny| <= nu_max, 0 <= nx <= nu_max` of real maps, orthonormal: complex B x (rows) x (columns).
+
+    Rows in fftfreq order. What is left out on the left half-plane is the conjugate of what is there. Costs one pass along the
+    rows and one along the kept columns alone, so a narrow band takes about half the time of the whole transform.
+    """
+    with torch.autocast(x_BHW.device.type, enabled=False):
+        rows = torch.fft.rfft(_at_least_single(x_BHW), norm="ortho")[..., : nu_max + 1]
+        return _low_rows(torch.fft.fft(rows, dim=-2, norm="ortho"), nu_max)
+
+
+def label_spectrum(label_HW: Tensor, slot_V: Tensor, *, num_slots: int, nu_max: int, dtype: torch.dtype) -> Tensor:
+    """`band_spectrum` of the one-hot masks of a label map, without the masks: complex num_slots x (rows) x (columns).
+
+    label_HW: uint8. slot_V: for each of the 256 labels the mask that it belongs to, or num_slots for none. dtype: float32 or
+    float64. A run of equal pixels adds `E(stop) - E(start)` to its row, `E(x) = sum over t < x of exp(-2 pi i n t / W)`: a
+    row of a label map changes a few times, so this costs a fraction of transforming every row.
+    """
+    (height, width), device = label_HW.shape, label_HW.device
+    edge_XQ = _edge_table(width, min(nu_max, width // 2), dtype, str(device))
+    change_R = (label_HW[:, 1:] != label_HW[:, :-1]).view(-1).nonzero()[:, 0]
+    row_R = torch.div(change_R, max(1, width - 1), rounding_mode="floor")
+    left_R = change_R + row_R  # the pixel left of the change, in the whole map
+    label_R = label_HW.reshape(-1).index_select(0, torch.cat([left_R, left_R + 1])).int()
+    place_R = torch.stack(
+        [
+            slot_V.index_select(0, label_R).mul_(height).add_(row_R.repeat(2)),
+            (left_R - row_R * width + 1).repeat(2),
+        ]
+    )
+    sign_R = torch.ones(place_R.shape[1], dtype=dtype, device=device)
+    sign_R[len(left_R) :] = -1
+    size = ((num_slots + 1) * height, width + 1)
+    rows = torch.sparse.mm(torch.sparse_coo_tensor(place_R, sign_R, size, check_invariants=False), edge_XQ)
+    # The last run of a row stops at E(width), which is 0 but for the mean.
+    last_R = slot_V.index_select(0, label_HW[:, -1].int()) * height + torch.arange(height, device=device)
+    rows[last_R, 0] += sqrt(width)
+    kept = torch.view_as_complex(rows.view(num_slots + 1, height, -1, 2)[:num_slots])
+    return _low_rows(torch.fft.fft(kept, dim=-2, norm="ortho"), nu_max)
+
+
+@lru_cache(maxsize=64)
+def _edge_table(width: int, nu_max: int, dtype: torch.dtype, device: str) -> Tensor:
+    """E(x), x = 0..width, for the bins 0..nu_max, with the transform's 1/sqrt(width): real and imaginary parts in turn."""
+    with torch.inference_mode(False):
+        bins_Q = torch.arange(nu_max + 1, dtype=torch.float64)
+        place_X = torch.arange(width, dtype=torch.float64)
+        phase_XQ = torch.polar(
+            torch.ones(1, 1, dtype=torch.float64), -2 * pi / width * (place_X[:, None] * bins_Q % width)
+        )
+        sums_XQ = torch.cat([phase_XQ.new_zeros(1, nu_max + 1), phase_XQ.cumsum(0)]) / sqrt(width)
+        return torch.view_as_real(sums_XQ).flatten(1).to(device=device, dtype=dtype)
+
+
+def _low_rows(spectrum_BRQ: Tensor, nu_max: int) -> Tensor:
+    height = spectrum_BRQ.shape[-2]
+    if 2 * nu_max + 1 >= height:
+        return spectrum_BRQ
+    return torch.cat([spectrum_BRQ[..., : nu_max + 1, :], spectrum_BRQ[..., height - nu_max :, :]], dim=-2)
+
+
+def band_products(x_BHW: Tensor, y_BHW: Tensor, *, nu_max: int) -> Tensor:
+    """`sum over |nx|, |ny| <= k of Re conj(x(nu)) y(nu)` for k = 0..nu_max: fp64, B x (nu_max + 1).
+
+    x_BHW, y_BHW: real maps of one shape, any leading axes. Equals `<low_pass(x), y>` of every square band, in one pass: the
+    products are folded to `(|ny|, |nx|)` and summed along both axes. The last entry is `<x, y>` where nu_max reaches half of
+    the longer side (Parseval).
+    """
+    size = (x_BHW.shape[-2], x_BHW.shape[-1])
+    return square_products(*(band_spectrum(each, nu_max=nu_max) for each in (x_BHW, y_BHW)), size=size, nu_max=nu_max)
+
+
+def square_products(x_BRQ: Tensor, y_BRQ: Tensor, *, size: tuple[int, int], nu_max: int) -> Tensor:
+    """`band_products` from the half-planes that `band_spectrum` or `label_spectrum` gave for maps of `size` pixels."""
+    (height, width), num_columns = size, x_BRQ.shape[-1]
+    half_BRQ = (x_BRQ.real * y_BRQ.real + x_BRQ.imag * y_BRQ.imag).double()
+    # Each kept column but the first stands for its mirror image too, unless it is its own (Nyquist of an even axis).
+    mirrored = slice(1, num_columns - 1 if width % 2 == 0 and num_columns == width // 2 + 1 else num_columns)
+    half_BRQ[..., mirrored] *= 2
+    highest = min(nu_max, height // 2)
+    negative = half_BRQ[..., highest + 1 :, :].flip(-2)
+    folded = half_BRQ.new_zeros(*half_BRQ.shape[:-2], nu_max + 1, nu_max + 1)
+    folded[..., : highest + 1, :num_columns] = half_BRQ[..., : highest + 1, :]
+    folded[..., 1 : negative.shape[-2] + 1, :num_columns] += negative
+    return folded.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    kept = (torch.float64, torch.complex64, torch.complex128)
+    return x if x.dtype in kept else x.float()

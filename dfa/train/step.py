@@ -1,5 +1,6 @@
 """One training step of DFA: batch in, parts of the loss out (METHOD 1.6-1.19)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfa.clip import Features
+from dfa.core.analysis.truncation import block_annotation
 from dfa.core.metrics import confusion_matrix
 from dfa.core.rectify import Student as AlignmentStudent
 from dfa.core.rectify import (
@@ -17,14 +19,16 @@ from dfa.core.rectify import (
     reliable_masks,
     resolve_unreliable,
 )
-from dfa.core.spectrum import BandMeasure, split
+from dfa.core.spectrum import Band, BandMeasure, split
 from dfa.data.stream import Batch
 from dfa.label.pseudo import VOID, PseudoSettings, patch_labels, pseudo_labels
-from dfa.label.seed import make_seeds
+from dfa.label.seed import Seeds, make_seeds
 from dfa.model.losses import segmentation_loss, upsample_logits
 from dfa.model.segmenter import Segmenter
 from dfa.model.student import Outputs
 from dfa.train.objective import LossPart, Objective, ParameterGroup
+
+Rows = Tensor | slice
 
 _PAPER_GRID = 20
 """Patches per row of the paper's 320 px crops, to which its window belongs."""
@@ -37,7 +41,8 @@ class StepSettings:
     mu, mu_as: the decoder's low band. relation_gain: contrast of the relations. window: METHOD 1.11's r on a grid of 20
     patches a row; scaled to the grid at hand. supervision: what Y is. `pseudo`: labels from the CAM of this very step;
     `labels`: the batch's offline pseudo-labels, of a first stage or refreshed beside this run; `masks`: ground truth (the
-    supervised bound, which trains the decoder alone).
+    supervised bound, which trains the decoder alone). annotation_grid: Y, whatever it is, becomes block-wise, so many blocks
+    along each side of the crop (METHOD 3, block-wise annotation); 0: left as it is.
     """
 
     mu: float
@@ -50,6 +55,7 @@ class StepSettings:
     alignment_weight: float
     rectification_weight: float
     supervision: Literal["pseudo", "labels", "masks"]
+    annotation_grid: int
     pseudo: PseudoSettings
     decoder_rate_scale: float
     affinity_rate_scale: float
@@ -89,38 +95,48 @@ class TrainStep(Objective):
             if batch.mask_BHW is None:
                 raise ValueError("loss.supervision=masks needs shards with masks; write them with data.masks set")
             _, logits_BChw = self.student.decoder(features.tokens_BLND, features.grid)
-            return _segmentation_parts(logits_BChw, batch.mask_BHW)
+            return segmentation_parts(logits_BChw, self.annotated(batch.mask_BHW, batch.valid_BHW))
         outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid)
-        label_BHW = self._labels(batch, features, outputs)
+        label_BHW = self.labels(
+            batch, lambda rows: self.seed_labels(batch, self.seeds(batch, features, outputs, rows), features.grid, rows)
+        )
         label_BN, visible_BN = (patch_labels(each, features.grid).flatten(1) for each in (label_BHW, batch.valid_BHW))
         return [
-            *_segmentation_parts(outputs.logits_BChw, label_BHW),
+            *segmentation_parts(outputs.logits_BChw, label_BHW),
             *self.affinity_parts(outputs, label_BN, visible_BN),
             *_labels_given(batch, outputs.logits_BChw),
         ]
 
-    def _labels(self, batch: Batch, features: Features, outputs: Outputs) -> Tensor:
-        """Y of each sample, int64 B x H x W, void on padding. CAMs are made for the samples that need them alone."""
+    def annotated(self, label_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
+        """Y in blocks where the settings say so. Padding stays void, whatever its block's centre is."""
+        if not self.settings.annotation_grid:
+            return label_BHW
+        return block_annotation(label_BHW, grid=self.settings.annotation_grid).masked_fill(~valid_BHW, VOID)
+
+    def labels(self, batch: Batch, online: Callable[[Rows], Tensor]) -> Tensor:
+        """Y of each sample, int64 B x H x W, void on padding. `online` makes it for the samples that need it alone."""
         if self.settings.supervision == "pseudo":
-            return self._online_labels(batch, features, outputs, slice(None))
+            return self.annotated(online(slice(None)), batch.valid_BHW)
         if batch.mask_BHW is None or batch.given_B is None:
             raise ValueError("loss.supervision=labels needs batches with offline labels; give shards.labels")
         label_BHW = batch.mask_BHW.long().masked_fill(~batch.valid_BHW, VOID)
         rows_R = (~batch.given_B).nonzero()[:, 0]
         if len(rows_R):
-            label_BHW[rows_R] = self._online_labels(batch, features, outputs, rows_R)
-        return label_BHW
+            label_BHW[rows_R] = online(rows_R)
+        return self.annotated(label_BHW, batch.valid_BHW)
 
-    def _online_labels(self, batch: Batch, features: Features, outputs: Outputs, rows: Tensor | slice) -> Tensor:
-        """Pseudo-labels of some samples of the batch by the student as it is now, R x H x W."""
-        labels_RC = batch.labels_BC[rows]
+    def seeds(self, batch: Batch, features: Features, outputs: Outputs, rows: Rows) -> Seeds:
+        """Seeds of some samples of the batch by the student as it is now."""
         affinities = self.segmenter.affinities(outputs.low_logit_BNN[rows], outputs.high_logit_BNN[rows])
-        seeds = make_seeds(features.similarity_BNK[rows], labels_RC, affinities, self.segmenter.seed)
+        return make_seeds(features.similarity_BNK[rows], batch.labels_BC[rows], affinities, self.segmenter.seed)
+
+    def seed_labels(self, batch: Batch, seeds: Seeds, grid: tuple[int, int], rows: Rows) -> Tensor:
+        """Pseudo-labels of these samples from their seeds, R x H x W."""
         return pseudo_labels(
             seeds.cam_BNC,
-            labels_RC,
+            batch.labels_BC[rows],
             batch.image_B3HW[rows],
-            features.grid,
+            grid,
             self.settings.pseudo,
             prompt_BN=seeds.background_BN,
             valid_BHW=batch.valid_BHW[rows],
@@ -129,7 +145,7 @@ class TrainStep(Objective):
     def affinity_parts(self, outputs: Outputs, label_BN: Tensor, visible_BN: Tensor) -> list[LossPart]:
         """Alignment and rectification (METHOD 1.6-1.12); visible_BN is False where a patch is padding."""
         settings = self.settings
-        low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), mu=settings.mu, mu_as=settings.mu_as)
+        low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), Band(settings.mu, settings.mu_as))
         teacher_BNN = relations(low_BDhw.flatten(2), gain=settings.relation_gain)
         selected_BNN = visible_BN[:, :, None] & visible_BN[:, None, :]
         if settings.use_quality_mask:
@@ -157,7 +173,8 @@ class TrainStep(Objective):
         return confusion_matrix(logits_BCHW.argmax(1), batch.mask_BHW, num_classes=self.num_classes)
 
 
-def _segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPart]:
+def segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPart]:
+    """Both halves of L_seg for logits on the patch grid (METHOD 1.19)."""
     size = (target_BHW.shape[1], target_BHW.shape[2])
     background, foreground = segmentation_loss(upsample_logits(logits_BChw, size), target_BHW)
     return [

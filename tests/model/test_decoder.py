@@ -33,7 +33,7 @@ def test_attention_block_equals_torchs_pre_norm_layer():
     state["self_attn.in_proj_bias"] = block.query_key_value.bias
     layer.load_state_dict(state)
     x = torch.randn(2, 7, 16)
-    torch.testing.assert_close(block(x), layer(x))
+    torch.testing.assert_close(block(x, (1, 7)), layer(x))
 
 
 @pytest.mark.parametrize("normalize_tokens", [True, False])
@@ -54,7 +54,7 @@ def test_decoder_equals_its_definition(normalize_tokens):
             torch.testing.assert_close(fused[:, :, row, column], expected[:, 4 * row + column])
     x = expected
     for block in decoder.blocks:
-        x = block(x)
+        x = block(x, (3, 4))
     torch.testing.assert_close(logits.flatten(2).mT, x @ decoder.classify.weight.T + decoder.classify.bias)
 
 

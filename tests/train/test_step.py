@@ -186,6 +186,26 @@ def test_offline_labels_decide_both_losses_that_read_labels():
     assert len({found["alignment"].total.item() for found in parts.values()}) == 1
 
 
+def test_block_wise_annotation_is_what_every_kind_of_supervision_trains_on():
+    mask = torch.randint(0, 11, (3, 48, 48), dtype=torch.uint8)
+    batch = make_batch(mask)
+    blocks = mask.view(3, 6, 8, 6, 8)[:, :, 4, :, 4]  # the pixel at each block's centre
+    blocks = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    blocks[~batch.valid_BHW] = 255
+    for supervision in ("masks", "labels"):
+        found = make_step(f"loss.supervision={supervision}", "loss.annotation_grid=6")(
+            with_labels(batch, mask, [True] * 3)
+        )
+        wanted = make_step(f"loss.supervision={supervision}")(with_labels(batch, blocks, [True] * 3))
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a.total, b.total) and torch.equal(a.count, b.count)
+    plain, coarse = make_step(), make_step("loss.annotation_grid=3")
+    labels = plain.annotated(online_labels(plain, batch), batch.valid_BHW)
+    labels = coarse.annotated(labels.masked_fill(~batch.valid_BHW, 255), batch.valid_BHW)
+    wanted = make_step("loss.supervision=labels")(with_labels(batch, labels, [True] * 3))
+    assert_same_parts(coarse(batch), wanted, tolerance=1e-5)
+
+
 def test_no_seed_is_made_where_every_sample_has_a_label(tmp_path):
     # Without background prompts no CAM can be made at all: a step that tries fails.
     classes = config.class_set("classes_world")
