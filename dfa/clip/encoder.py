@@ -5,29 +5,28 @@ vision tower is walked block by block here, because one pass must give tokens, a
 gradient ever flows: `FrozenClip` is a plain object, so that assigning it inside an nn.Module registers no parameter.
 """
 
-import json
-import logging
-import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dfa.clip.blocks import (
+    attend,
+    attend_and_keep,
+    feed_forward,
+    project,
+    query_key_value,
+    self_attend,
+    value_embedding,
+)
+
 Similarity = Literal["raw", "value", "surgery"]
-CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXT_CHUNK = 256  # texts encoded at once: bounds memory for a thousand classes with many templates
 _CACHED_GRIDS = 32  # positional embeddings kept: images of many sizes must not fill the memory
-_OPENAI_NOTES = ("input_resolution", "context_length", "vocab_size")  # not weights, but in OpenAI state dicts
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,115 +46,6 @@ class Features:
     similarity_BNK: Tensor
     class_similarity_BK: Tensor
     grid: tuple[int, int]
-
-
-class WordTokenizer:
-    """Word-level tokenizer of a small CLIP: text -> token ids.
-
-    Ids: 0 padding, 1 unknown word, 2.. the vocabulary in order, then start and end. The end has the largest id, because
-    open_clip reads the text embedding at the position of the largest id.
-    """
-
-    def __init__(self, vocabulary: Sequence[str], context_length: int) -> None:
-        self.id_of = {word: index for index, word in enumerate(vocabulary, start=2)}
-        bad = sorted({word for word in vocabulary if re.fullmatch(r"[a-z]+", word) is None})
-        if bad or len(self.id_of) != len(vocabulary):
-            raise ValueError(f"vocabulary needs distinct words of the letters a-z; given {bad or 'duplicate words'}")
-        self.context_length = context_length
-        self.vocab_size = len(vocabulary) + 4
-        self.start, self.end = self.vocab_size - 2, self.vocab_size - 1
-
-    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Token ids (number of texts, context length) int64; a text that is too long is cut and keeps its end token."""
-        texts = [texts] if isinstance(texts, str) else texts
-        length = context_length or self.context_length
-        ids = torch.zeros(len(texts), length, dtype=torch.long)
-        for row, text in zip(ids, texts, strict=True):
-            words = [self.id_of.get(word, 1) for word in re.findall(r"[a-z]+", text.lower())][: length - 2]
-            row[: len(words) + 2] = torch.tensor([self.start, *words, self.end])
-        return ids
-
-
-def read_model_json(path: str | Path) -> tuple[dict[str, Any], WordTokenizer | None]:
-    """An open_clip model description and its word tokenizer (None when the file has no "vocabulary")."""
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
-    if missing:
-        raise ValueError(f"{path}: not an open_clip model description, it lacks {sorted(missing)}")
-    vocabulary = config.pop("vocabulary", None)
-    if vocabulary is None:
-        return config, None
-    tokenizer = WordTokenizer(vocabulary, config["text_cfg"]["context_length"])
-    config["text_cfg"]["vocab_size"] = tokenizer.vocab_size
-    return config, tokenizer
-
-
-def build_clip(model_json: str | Path) -> open_clip.CLIP:
-    """A trainable CLIP with fresh weights (from torch's global generator) described by an open_clip model JSON."""
-    config, _ = read_model_json(model_json)
-    return open_clip.CLIP(**config)
-
-
-def patch_size_of(model: str) -> int:
-    """Pixels along a patch of an open_clip model, or of a model JSON, without building it."""
-    config, _ = _model_config(model)
-    return int(config["vision_cfg"]["patch_size"])
-
-
-def load_clip(
-    model: str,
-    checkpoint: str | Path,
-    *,
-    device: str | torch.device,
-    precision: str,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-    seed: int = 0,
-) -> "FrozenClip":
-    """The frozen CLIP of a model and its weights.
-
-    model: an open_clip name with a ViT tower (`ViT-B-16-quickgelu`), or the path of an open_clip model JSON, which may
-        hold a "vocabulary" for `WordTokenizer`.
-    checkpoint: a .safetensors or .pt file; an open_clip tag (`openai`), fetched by open_clip; or "random" for weights
-        drawn from `seed`, which must be asked for by that name.
-    precision: fp32 | bf16 | fp16 of the vision tower, whatever the file's. The text tower stays fp32: it runs once.
-
-    Raises ValueError for an unknown model, tag, precision or kind of file, and for weights that do not fit the model.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {sorted(PRECISIONS)}")
-    if not checkpoint:
-        raise ValueError(
-            f'no checkpoint given for {model!r}: name a file, an open_clip tag, or "random" for random weights'
-        )
-    config, tokenizer = _model_config(model)
-    is_file = Path(checkpoint).is_file()
-    if is_file or str(checkpoint) == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-            clip: nn.Module = kind(**config)
-        if is_file:
-            _fit_weights(clip, _read_weights(Path(checkpoint)), model=model, path=checkpoint)
-        else:
-            _log.warning("CLIP %s has random weights (seed %d): its scores mean nothing", model, seed)
-    else:
-        clip = _fetch_pretrained(model, str(checkpoint))
-    clip.to(device)
-    return FrozenClip(
-        clip, tokenizer or _byte_pair_tokenizer(model, config), dtype=PRECISIONS[precision], mean=mean, std=std
-    )
-
-
-def value_embedding(visual: VisionTransformer, residual_BTD: Tensor) -> Tensor:
-    """Patch embeddings of the last block's value path: B x T x D entering the last block -> B x T x E, differentiable.
-
-    MaskCLIP (Zhou et al. 2022): attention replaced by the identity, out_proj(v(ln_1(x))). Our reading: neither the
-    residual nor the MLP of the last block (both blur what a patch says of itself); then ln_post and proj.
-    """
-    block = visual.transformer.resblocks[-1]
-    _, _, value_BATd = _query_key_value(block, residual_BTD)
-    return visual.ln_post(_project(block, value_BATd)) @ visual.proj
 
 
 class FrozenClip:
@@ -235,7 +125,7 @@ class FrozenClip:
             They differ because the decoder reads every block, the affinity the last ones (METHOD 1.20, 1.2).
         similarity: the patch embedding compared with the texts. raw: the final tokens. value: `value_embedding`.
             surgery: a second residual path leaves the first where the last `surgery_blocks` blocks begin; each of them
-            adds `_self_attend` of the original path's q, k, v (class token among the keys), projected, and no MLP
+            adds `self_attend` of the original path's q, k, v (class token among the keys), projected, and no MLP
             (CLIP Surgery, Li et al. 2023, with the three self-attentions of METHOD). Patches are read from the second
             path, the class embedding always from the original one.
         renormalize_rows: attention rows sum to 1 again after the class token's column has gone.
@@ -279,25 +169,28 @@ class FrozenClip:
         batch, num_patches, last = len(x_BTD), grid[0] * grid[1], self.num_blocks - 1
         tokens_BLND = torch.empty(batch, len(token_at), num_patches, self.width, dtype=self.dtype, device=self.device)
         attention_BLNN = torch.empty(batch, len(attention_at) * heads, num_patches, num_patches, device=self.device)
-        # In the last block only the class token is carried on where nobody reads the patches.
+        # In the last block only the class token is carried on where nobody reads the patches, and without texts there is
+        # nothing to do behind the last block that is read at all.
         reads_last = last in token_at or (similarity == "raw" and bank_KE is not None)
+        end = last if bank_KE is not None else max([-1, *token_at, *attention_at])
         entering_BTD = second_BTD = x_BTD
-        for index, block in enumerate(self.visual.transformer.resblocks):
+        for index, block in enumerate(self.visual.transformer.resblocks[: end + 1]):
             entering_BTD = x_BTD
-            query, key, value = _query_key_value(block, x_BTD)
+            query, key, value = query_key_value(block, x_BTD)
             if index >= first_second and bank_KE is not None:
                 start_BTD = x_BTD if index == first_second else second_BTD
-                second_BTD = start_BTD + _project(block, _self_attend(query, key, value))
+                second_BTD = start_BTD + project(block, self_attend(query, key, value))
+            num_rows = 1 if index == last and not reads_last else x_BTD.shape[1]
             if index in attention_at:
                 slot = attention_at[index] * heads
                 kept_BXNN = attention_BLNN[:, slot : slot + heads]
-                mixed_BATd = _attend_and_keep(query, key, value, kept_BXNN, renormalize_rows)
+                mixed_BATd = attend_and_keep(
+                    query, key, value, kept_BXNN, renormalize_rows=renormalize_rows, num_rows=num_rows
+                )
             else:
-                mixed_BATd = F.scaled_dot_product_attention(query, key, value)
-            if index == last and not reads_last:
-                x_BTD, mixed_BATd = x_BTD[:, :1], mixed_BATd[:, :, :1]
-            x_BTD = x_BTD + _project(block, mixed_BATd)
-            x_BTD = x_BTD + block.ls_2(block.mlp(block.ln_2(x_BTD)))
+                mixed_BATd = attend(query, key, value, num_rows=num_rows)
+            x_BTD = x_BTD[:, :num_rows] + project(block, mixed_BATd)
+            x_BTD = x_BTD + feed_forward(block, x_BTD)
             if index in token_at:
                 tokens_BLND[:, token_at[index]] = x_BTD[:, 1:]
         if bank_KE is None:
@@ -360,46 +253,6 @@ class FrozenClip:
         return self._positions[grid]
 
 
-def _query_key_value(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, each B x A x T x d, of a block's normalised input."""
-    batch, num_tokens, width = x_BTD.shape
-    attention: nn.MultiheadAttention = block.attn
-    packed = F.linear(block.ln_1(x_BTD), attention.in_proj_weight, attention.in_proj_bias)
-    split = packed.view(batch, num_tokens, 3, attention.num_heads, width // attention.num_heads).permute(2, 0, 3, 1, 4)
-    return split[0], split[1], split[2]
-
-
-def _project(block: Any, mixed_BATd: Tensor) -> Tensor:
-    """Heads joined, through the attention's output projection (and layer scale): B x T x D."""
-    return block.ls_1(block.attn.out_proj(mixed_BATd.transpose(1, 2).flatten(2)))
-
-
-def _attend_and_keep(query: Tensor, key: Tensor, value: Tensor, kept_BXNN: Tensor, renormalize_rows: bool) -> Tensor:
-    """Plain attention; its map without the class token goes to `kept_BXNN` (X = 1: head mean, else every head).
-
-    On a processor image after image: the maps of many together leave its cache, at 32 images of 441 patches for twice the time.
-    """
-    if query.device.type == "cpu" and len(query) > 1:
-        parts = zip(query.split(1), key.split(1), value.split(1), kept_BXNN.split(1), strict=True)
-        return torch.cat([_attend_and_keep(*part, renormalize_rows) for part in parts])
-    weight_BATT = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
-    patches_BANN = weight_BATT[:, :, 1:, 1:]
-    if kept_BXNN.shape[1] == 1:
-        torch.mean(patches_BANN, 1, keepdim=True, dtype=torch.float32, out=kept_BXNN)
-    else:
-        kept_BXNN.copy_(patches_BANN)
-    if renormalize_rows:
-        kept_BXNN.div_(kept_BXNN.sum(-1, keepdim=True))
-    return weight_BATT @ value
-
-
-def _self_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """mean(softmax(qq'/s), softmax(kk'/s), softmax(vv'/s)) v with s = sqrt d; no T x T map is held on fused kernels."""
-    mixed = F.scaled_dot_product_attention(query, query, value)
-    mixed = mixed + F.scaled_dot_product_attention(key, key, value)
-    return (mixed + F.scaled_dot_product_attention(value, value, value)) / 3
-
-
 def _require_plain_vit(visual: Any) -> None:
     """ValueError for vision towers whose blocks are not read here."""
     if not isinstance(visual, VisionTransformer):
@@ -411,77 +264,3 @@ def _require_plain_vit(visual: Any) -> None:
     kinds = {type(block.attn).__name__ for block in visual.transformer.resblocks}
     if kinds != {"MultiheadAttention"}:
         raise ValueError(f"attention {sorted(kinds)} is not supported: plain multi-head attention is needed")
-
-
-def _model_config(model: str) -> tuple[dict[str, Any], WordTokenizer | None]:
-    if model.endswith(".json"):
-        if not Path(model).is_file():
-            raise ValueError(f"model description {model} does not exist")
-        config, tokenizer = read_model_json(model)
-    else:
-        config, tokenizer = open_clip.get_model_config(model), None
-        if config is None:
-            raise ValueError(
-                f"{model!r} is neither an open_clip model nor the path of a .json; see open_clip.list_models()"
-            )
-    if "timm_model_name" in config["vision_cfg"] or "hf_model_name" in config["text_cfg"]:
-        raise ValueError(
-            f"model {model!r} has a timm or Hugging Face tower: only open_clip's own ViT towers are supported"
-        )
-    return config, tokenizer
-
-
-def _byte_pair_tokenizer(model: str, config: dict[str, Any]) -> Callable[..., Tensor]:
-    if model.endswith(".json"):
-        return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
-    return open_clip.get_tokenizer(model)
-
-
-def _fetch_pretrained(model: str, tag: str) -> nn.Module:
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if model.endswith(".json") or tag not in tags:
-        raise ValueError(f"checkpoint {tag!r} of {model!r} is no file; pretrained tags of this model: {tags or 'none'}")
-    try:
-        return open_clip.create_model(model, pretrained=tag, precision="fp32", device="cpu")
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"the weights {tag!r} of {model!r} could not be fetched (no network?); download them elsewhere and "
-            "give the .safetensors or .pt file as checkpoint"
-        ) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, never executing anything that it holds."""
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"checkpoint {path} has suffix {path.suffix!r}, expected .safetensors, .pt, .pth or .bin")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise ValueError(
-                    f"checkpoint {path} is a TorchScript archive: save its state dict as .safetensors first"
-                )
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = content.get("state_dict", content)
-    return {name.removeprefix("module."): value for name, value in weights.items() if name not in _OPENAI_NOTES}
-
-
-def _fit_weights(clip: nn.Module, weights: dict[str, Tensor], *, model: str, path: str | Path) -> None:
-    """Load `weights`, upcast to the model's fp32; ValueError naming keys that are missing, unexpected or misshapen."""
-    own = clip.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in sorted(own.keys() & weights.keys())
-        if weights[name].shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = {"missing keys": missing, "unexpected keys": unexpected, "other shapes": shapes}
-        told = "; ".join(
-            f"{len(keys)} {name} ({', '.join(keys[:4])}{', ...' if keys[4:] else ''})"
-            for name, keys in parts.items()
-            if keys
-        )
-        raise ValueError(f"checkpoint {path} does not fit the model {model}: {told}")
-    clip.load_state_dict(weights)
