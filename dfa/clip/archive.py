@@ -67,7 +67,16 @@ def read_archive(path: Path) -> tuple[dict[str, Tensor], set[str]]:
             if archive.getinfo(description).file_size > path.stat().st_size:
                 raise ValueError("its description is larger than the file")
             root, classes = _run(archive.read(description), _storages(archive, description, path.stat().st_size))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"checkpoint {path} is a TorchScript archive that cannot be read: {error}") from error
     tensors: dict[str, Tensor] = {}
     _collect(root, "", tensors, path)
@@ -100,13 +109,6 @@ def _run(content: bytes, load_storage: Callable[[Any], Tensor]) -> tuple[Any, se
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     classes: set[str] = set()
-
-    def since_mark() -> list[Any]:
-        mark = len(stack) - 1 - next(place for place, item in enumerate(reversed(stack)) if item is _MARK)
-        items = stack[mark + 1 :]
-        del stack[mark:]
-        return items
-
     for opcode, argument, _ in pickletools.genops(content):
         name: str = opcode.name
         if name in _LITERALS or name in _CONSTANTS:
@@ -120,16 +122,18 @@ def _run(content: bytes, load_storage: Callable[[Any], Tensor]) -> tuple[Any, se
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[int(argument)])  # type: ignore[arg-type]
         elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
+            stack.append(tuple(_since_mark(stack)))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ("SETITEMS", "SETITEM"):
-            items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            items = _since_mark(stack) if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            container: Any = stack[-1]
+            container.update(zip(items[::2], items[1::2], strict=True))
         elif name in ("APPENDS", "APPEND"):
-            items = since_mark() if name == "APPENDS" else [stack.pop()]
-            stack[-1].extend(items)
+            items = _since_mark(stack) if name == "APPENDS" else [stack.pop()]
+            container = stack[-1]
+            container.extend(items)
         elif name == "GLOBAL":
             stack.append(_Global(str(argument)))
         elif name == "NEWOBJ":
@@ -151,6 +155,13 @@ def _run(content: bytes, load_storage: Callable[[Any], Tensor]) -> tuple[Any, se
         elif name != "PROTO":
             raise ValueError(f"its description uses the instruction {name}, which no TorchScript archive needs")
     raise ValueError("its description does not end")
+
+
+def _since_mark(stack: list[Any]) -> list[Any]:
+    mark = len(stack) - 1 - next(place for place, item in enumerate(reversed(stack)) if item is _MARK)
+    items = stack[mark + 1 :]
+    del stack[mark:]
+    return items
 
 
 def _call(function: Any, arguments: tuple[Any, ...]) -> Any:

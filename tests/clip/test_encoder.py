@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dfa.clip import CLIP_MEAN, CLIP_STD, FrozenClip, WordTokenizer, build_clip, value_embedding
-from tests.clip.models import WORDS, load, write_model
+from dfa.clip import FrozenClip, WordTokenizer, build_clip, value_embedding
+from tests.clip.models import (
+    WORDS,
+    assert_relative,
+    bank,
+    load,
+    normalized,
+    picture,
+    transformers_copy,
+    write_model,
+)
 
 VARIANTS = {
     "plain": ({}, {}),
@@ -22,27 +30,6 @@ EVERY = {"token_blocks": 3, "attention_blocks": 3, "surgery_blocks": 2}
 @pytest.fixture
 def clip(tmp_path):
     return load(write_model(tmp_path))
-
-
-def picture(batch=2, height=32, width=32):
-    return torch.randint(
-        0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-
-
-def bank(clip, columns=5):
-    return F.normalize(torch.randn(columns, clip.embed_dim, generator=torch.Generator().manual_seed(2)), dim=-1)
-
-
-def normalized(image):
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-    return (image.double() / 255 - mean) / std
-
-
-def assert_relative(got, expected, tolerance=1e-5):
-    """The issue's bound: error relative to the largest entry, fp32 against another summation order."""
-    assert got.shape == expected.shape
-    assert (got.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,35 +54,6 @@ def test_choosing_fewer_blocks_changes_nothing_else(clip, token_blocks, attentio
     assert_relative(part.class_similarity_BK, full.class_similarity_BK)
     torch.testing.assert_close(part.tokens_BLND, full.tokens_BLND[:, at[0]], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(part.attention_BLNN, full.attention_BLNN[:, at[1]], rtol=1e-5, atol=1e-7)
-
-
-def transformers_copy(clip, activation):
-    """transformers' vision tower holding the same weights."""
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=128, projection_dim=24, num_hidden_layers=3, num_attention_heads=2,
-        image_size=32, patch_size=8, hidden_act=activation, attn_implementation="eager",
-    )  # fmt: skip
-    model = CLIPVisionModelWithProjection(config).eval()
-    own = clip.visual.state_dict()
-    state = {
-        "vision_model.embeddings.class_embedding": own["class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": own["conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": own["positional_embedding"],
-        "visual_projection.weight": own["proj"].T,
-    }
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
-    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for kind in ("weight", "bias"):
-        state[f"vision_model.pre_layrnorm.{kind}"] = own[f"ln_pre.{kind}"]
-        state[f"vision_model.post_layernorm.{kind}"] = own[f"ln_post.{kind}"]
-        for block in range(3):
-            ours, theirs = f"transformer.resblocks.{block}", f"vision_model.encoder.layers.{block}"
-            state |= {f"{theirs}.{new}.{kind}": own[f"{ours}.{old}.{kind}"] for old, new in names.items()}
-            packed = own[f"{ours}.attn.in_proj_{kind}"].chunk(3)
-            state |= {f"{theirs}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", packed, strict=True)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all("position_ids" in name for name in missing)
-    return model
 
 
 @pytest.mark.parametrize("activation, top", [("gelu", {}), ("quick_gelu", {"quick_gelu": True})])
