@@ -14,7 +14,7 @@ ORDER = ["core", "data", "clip", "label", "model", "report", "train", "world", "
 DOORS = {
     "ray": {"dfa/data/stream", "dfa/label/factory", "dfa/label/slots", "dfa/train/loop", "jobs/"},
     "deepspeed": {"dfa/train/engine"},
-    "open_clip": {"dfa/clip", "dfa/world/pretrain"},
+    "open_clip": {"dfa/clip", "dfa/world/pretrain", "jobs/bench/features"},
     "webdataset": {"dfa/data/shards"},
     "pydensecrf": {"dfa/label/crf"},
     "matplotlib": {"dfa/report/figures"},

@@ -23,9 +23,9 @@ from dfa.clip.blocks import (
     self_attend,
     value_embedding,
 )
+from dfa.clip.text import embed_columns
 
 Similarity = Literal["raw", "value", "surgery"]
-_TEXT_CHUNK = 256  # texts encoded at once: bounds memory for a thousand classes with many templates
 _CACHED_GRIDS = 32  # positional embeddings kept: images of many sizes must not fill the memory
 
 
@@ -86,24 +86,8 @@ class FrozenClip:
         """
         key = (tuple(map(tuple, prompts)), tuple(templates))
         if key not in self._banks:
-            self._banks[key] = self._embed_columns(*key)
+            self._banks[key] = embed_columns(self.clip, self.tokenizer, *key, device=self.device)
         return self._banks[key]
-
-    def _embed_columns(self, prompts: tuple[tuple[str, ...], ...], templates: tuple[str, ...]) -> Tensor:
-        bad = [template for template in templates if template.count("{}") != 1]
-        if bad or not templates:
-            raise ValueError(f"templates need exactly one {{}} each, given {bad or 'no template'}")
-        empty = [column for column, texts in enumerate(prompts) if not texts]
-        if empty:
-            raise ValueError(f"text columns {empty} have no prompt")
-        texts = [template.replace("{}", text) for column in prompts for text in column for template in templates]
-        columns = [index for index, column in enumerate(prompts) for _ in range(len(column) * len(templates))]
-        sum_KE = torch.zeros(len(prompts), self.embed_dim, device=self.device)
-        for first in range(0, len(texts), _TEXT_CHUNK):
-            ids = self.tokenizer(texts[first : first + _TEXT_CHUNK]).to(self.device)
-            index = torch.tensor(columns[first : first + _TEXT_CHUNK], device=self.device)
-            sum_KE.index_add_(0, index, F.normalize(self.clip.encode_text(ids).float(), dim=-1))
-        return F.normalize(sum_KE, dim=-1)
 
     @torch.no_grad()
     def encode(

@@ -21,6 +21,7 @@ _OPENAI_NOTES = (
     "context_length",
     "vocab_size",
 )  # not weights, but in OpenAI's files, and only there
+_OPENAI_WORDS = 49408
 _MASK = "attn_mask"  # a constant of the text tower, which an archive does not tell from a weight
 _log = logging.getLogger(__name__)
 
@@ -138,29 +139,33 @@ def _check_activation(clip: Any, weights: Weights, *, model: str, path: str | Pa
     has_quick = any(isinstance(module, QuickGELU) for module in clip.visual.modules())
     if weights.quick_gelu is not None and weights.quick_gelu != has_quick:
         raise ValueError(f"checkpoint {path}: {activation_mismatch(model, has_quick)} (told by {weights.evidence})")
-    if weights.quick_gelu is None and not has_quick and _was_half(weights.tensors):
+    if weights.quick_gelu is None and not has_quick and _may_be_openais(weights.tensors):
         _log.warning(
             "checkpoint %s does not tell its activation. Its matrices are exactly half precision, as OpenAI's are, which need "
-            "QuickGELU, and %s has GELU: if they are OpenAI's, take %s-quickgelu",
+            "QuickGELU, and %s has GELU: if they are OpenAI's, %s",
             path,
             model,
-            model,
+            _other_activation(model, has_quick),
         )
 
 
 def activation_mismatch(model: str, has_quick: bool) -> str:
     """The sentence that says which of the two activations is wrong, and which model has the other."""
     needed, given = ("GELU", "QuickGELU") if has_quick else ("QuickGELU", "GELU")
-    if model.endswith(".json"):
-        fix = f'set "quick_gelu" to {"false" if has_quick else "true"} in it'
-    else:
-        fix = f"take {model.removesuffix('-quickgelu') if has_quick else model + '-quickgelu'}"
+    fix = _other_activation(model, has_quick)
     return f"these weights were trained with {needed}, the model {model} has {given}; {fix}"
 
 
-def _was_half(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the MLPs of the vision tower hold half-precision numbers, in whatever precision they are stored."""
-    matrices = [
-        value for name, value in tensors.items() if name.startswith("visual.") and ".mlp." in name and value.ndim == 2
-    ]
-    return bool(matrices) and all(torch.equal(each, each.half().to(each.dtype)) for each in matrices)
+def _other_activation(model: str, has_quick: bool) -> str:
+    if model.endswith(".json"):
+        return f'set "quick_gelu" to {"false" if has_quick else "true"} in it'
+    return f"take {model.removesuffix('-quickgelu') if has_quick else model + '-quickgelu'}"
+
+
+def _may_be_openais(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the text tower has OpenAI's vocabulary and the MLPs of the vision tower are half precision, however stored."""
+    words = tensors.get("token_embedding.weight")
+    names = [name for name in tensors if name.startswith("visual.") and ".mlp." in name]
+    matrices = [tensors[name] for name in names if tensors[name].ndim == 2]
+    is_half = bool(matrices) and all(torch.equal(each, each.half().to(each.dtype)) for each in matrices)
+    return words is not None and len(words) == _OPENAI_WORDS and is_half

@@ -216,7 +216,7 @@ def test_text_bank_is_the_mean_of_normalized_embeddings_in_any_order(clip, monke
     got = clip.text_bank(prompts, templates)
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-6)
     assert clip.text_bank(prompts, templates) is got
-    monkeypatch.setattr("dfa.clip.encoder._TEXT_CHUNK", 3)
+    monkeypatch.setattr("dfa.clip.text._TEXT_CHUNK", 3)
     shuffled = clip.text_bank([["tree", "cat", "red cat"], ["dog"]], templates[::-1])
     torch.testing.assert_close(shuffled.flip(0), got, rtol=1e-5, atol=1e-6)
 
