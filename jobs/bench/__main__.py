@@ -16,8 +16,8 @@ from pathlib import Path
 from jobs.bench.measure import hardware, section_text, write_section
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
-MODES = ("cam", "crf", "features", "labels", "labels_memory", "step", "transport")
-_ONE_THREAD = {"cam", "crf", "features", "labels", "labels_memory", "transport"}
+MODES = ("cam", "classes", "crf", "features", "labels", "labels_memory", "step", "transport")
+_ONE_THREAD = {"cam", "classes", "crf", "features", "labels", "labels_memory", "transport"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,3 +44,15 @@ def test_what_is_left_out_of_the_frozen_pass_is_empty_and_changes_nothing_else()
         torch.testing.assert_close(part.tokens_BLND, full.tokens_BLND, rtol=0, atol=5e-5)  # another order of sums
         if with_similarity:
             torch.testing.assert_close(part.similarity_BNK, full.similarity_BNK, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 200), (200, 5)])
+def test_an_image_smaller_than_a_patch_or_very_narrow_has_seeds_and_logits_of_its_size(size):
+    segmenter = build.segmenter(load("demo"), torch.device("cpu"))
+    segmenter.student.eval()
+    image, labels = torch.rand(1, 3, *size), torch.zeros(1, 10, dtype=torch.bool)
+    labels[0, [1, 4]] = True
+    seeds = segmenter.pixel_seeds(image, labels, scales=[1.0, 0.5], flip=True)
+    logits = segmenter.logits(image, scales=[1.0, 0.5], flip=True)
+    assert seeds.score_BMHW.shape == (1, 2, *size) and logits.shape == (1, 11, *size)
+    assert seeds.score_BMHW.isfinite().all() and logits.isfinite().all()
