@@ -49,12 +49,13 @@ def embed_texts(clip: Any, ids_TS: Tensor) -> Tensor:
     OpenAI's text tower is causal and read at the end token, the largest id: what stands behind the last end of the batch cannot
     reach it. Prompts are some ten tokens of a context of 77, so the rest is cut off where the tower is that one.
     """
-    plain = type(clip) is open_clip.CLIP and clip.text_pool_type == "argmax" and clip.attn_mask is not None
-    if not plain or not isinstance(clip.text_projection, Tensor):
+    is_plain: bool = type(clip) is open_clip.CLIP and clip.text_pool_type == "argmax" and clip.attn_mask is not None
+    if not is_plain or not isinstance(clip.text_projection, Tensor):
         return F.normalize(clip.encode_text(ids_TS).float(), dim=-1)
+    tower: Any = clip
     end_T = ids_TS.argmax(dim=-1)
     length = int(end_T.max()) + 1
-    x_TSD = clip.token_embedding(ids_TS[:, :length]) + clip.positional_embedding[:length]
-    x_TSD = clip.transformer(x_TSD, attn_mask=clip.attn_mask[:length, :length])
-    read_TD = clip.ln_final(x_TSD[torch.arange(len(ids_TS), device=ids_TS.device), end_T])
-    return F.normalize((read_TD @ clip.text_projection).float(), dim=-1)
+    x_TSD = tower.token_embedding(ids_TS[:, :length]) + tower.positional_embedding[:length]
+    x_TSD = tower.transformer(x_TSD, attn_mask=tower.attn_mask[:length, :length])
+    read_TD = tower.ln_final(x_TSD[torch.arange(len(ids_TS), device=ids_TS.device), end_T])
+    return F.normalize((read_TD @ tower.text_projection).float(), dim=-1)

@@ -164,10 +164,11 @@ def test_without_a_text_bank_the_similarity_is_empty(clip):
     assert got.attention_BLNN.shape == (2, 0, 16, 16)
 
 
+@pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.01)])
-def test_half_precision_stays_near_fp32(tmp_path, precision, tolerance):
+def test_half_precision_stays_near_fp32(tmp_path, precision, tolerance, quick_gelu):
     # 8 and 11 bits of mantissa through three blocks; outputs other than tokens are fp32 in any case.
-    path, image = write_model(tmp_path), picture()
+    path, image = write_model(tmp_path, {"quick_gelu": quick_gelu}), picture()
     full, half = load(path), load(path, precision=precision)
     text = bank(full)
     expected, got = (clip.encode(image, text, **EVERY, similarity="surgery") for clip in (full, half))
