@@ -55,7 +55,7 @@ def _measure(size: int, repeats: int) -> tuple[list[float], list[float], list[fl
     theirs = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=768, intermediate_size=3072, projection_dim=512, num_hidden_layers=12, num_attention_heads=12,
-            image_size=size, patch_size=16, hidden_act="quick_gelu", attn_implementation="eager",
+            image_size=size, patch_size=16, hidden_act="quick_gelu", attn_implementation="eager",  # type: ignore
         )
     ).eval()  # fmt: skip
     bank_KE = torch.nn.functional.normalize(torch.randn(_COLUMNS, clip.embed_dim), dim=-1)
