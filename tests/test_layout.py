@@ -22,7 +22,7 @@ DOORS = {
         "jobs/",
     },
     "deepspeed": {"dfa/train/engine"},
-    "open_clip": {"dfa/clip", "dfa/world/pretrain"},
+    "open_clip": {"dfa/clip", "dfa/world/pretrain", "jobs/bench/features"},
     "webdataset": {"dfa/data/shards", "jobs/bench/contenders"},
     "pydensecrf": {"dfa/label/crf"},
     "matplotlib": {"dfa/report/figures"},

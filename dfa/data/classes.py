@@ -50,11 +50,7 @@ class ClassSet:
             _check_texts(f"prompts of {name!r}", prompts)
         if "background" in (name.casefold() for name in self.names):
             raise ValueError("names lists 'background': list foreground classes only, background is always index 0")
-        foreground = {text for prompts in self.prompts for text in prompts} | set(self.names)
-        if both := foreground & set(self.background):
-            raise ValueError(
-                f"{sorted(both)} are class texts and background prompts at once; drop them from background"
-            )
+        _check_ambiguous(self.names, self.prompts, self.background)
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"each template needs exactly one {{}}, got {list(self.templates)}")
 
@@ -119,6 +115,23 @@ def voc_palette() -> npt.NDArray[np.uint8]:
 
 def _as_texts(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(str(text) for text in value)
+
+
+def _check_ambiguous(names: tuple[str, ...], prompts: tuple[tuple[str, ...], ...], background: tuple[str, ...]) -> None:
+    """One text in two columns of the text bank, whatever its case: the softmax over the columns could not decide."""
+    folded, owner = {text.casefold().strip(): text for text in background}, dict[str, str]()
+    for name, texts in zip(names, prompts, strict=True):
+        for text in {name, *texts}:
+            key = text.casefold().strip()
+            if key in folded:
+                raise ValueError(
+                    f"{text!r} (class {name!r}) and the background prompt {folded[key]!r} are class texts and background "
+                    "prompts at once; drop it from background"
+                )
+        for text in texts:
+            other = owner.setdefault(text.casefold().strip(), name)
+            if other != name:
+                raise ValueError(f"the text {text!r} stands for the classes {other!r} and {name!r}; give it to one")
 
 
 def _check_texts(what: str, texts: tuple[str, ...]) -> None:

@@ -72,9 +72,20 @@ class Segmenter:
         """Images must be multiples of this many pixels."""
         return self.clip.patch_size[0]
 
-    def encode(self, image_B3HW: Tensor) -> Features:
-        """The one frozen pass per image; everything below shares it (METHOD 1.1)."""
-        return self._encode(image_B3HW, with_similarity=True, with_attention=True)
+    def encode(self, image_B3HW: Tensor, *, with_similarity: bool = True, with_attention: bool = True) -> Features:
+        """The one frozen pass per image; everything below shares it (METHOD 1.1).
+
+        Seeds read the similarity, the affinities the attention: what nobody will read can be left out, and is empty then.
+        """
+        return self.clip.encode(
+            image_B3HW,
+            self.bank_KE if with_similarity else None,
+            token_blocks=self.encoder.token_blocks,
+            attention_blocks=self.encoder.attention_blocks if with_attention else (),
+            similarity=self.encoder.similarity if with_similarity else "raw",
+            surgery_blocks=self.encoder.surgery_blocks,
+            renormalize_rows=True,
+        )
 
     def affinities(self, low_logit_BNN: Tensor, high_logit_BNN: Tensor) -> Affinities:
         """A_la and A_ha from the learned logits, without gradient (METHOD 1.5, 1.13)."""
@@ -117,7 +128,7 @@ class Segmenter:
 
         def maps(scaled_B3HW: Tensor, view: slice) -> Tensor:
             image = torch.arange(view.start, view.stop, device=labels_BC.device) % len(labels_BC)
-            features = self.encode(scaled_B3HW)
+            features = self.encode(scaled_B3HW, with_attention=self.seed.generator != "similarity")
             seeds = self.seeds(features, labels_BC[image])
             present_BNM = gather_present(seeds.cam_BNC, class_BM[image])
             maps_BMhw = to_grid(torch.cat([present_BNM, seeds.background_BN[:, :, None]], dim=2), features.grid)
@@ -149,7 +160,7 @@ class Segmenter:
         """`logits` of images of several sizes in the same forward passes: B_g x 3 x H_g x W_g each."""
 
         def forward(scaled_B3HW: Tensor, view: slice) -> Tensor:
-            features = self._encode(scaled_B3HW, with_similarity=False, with_attention=False)
+            features = self.encode(scaled_B3HW, with_similarity=False, with_attention=False)
             return self.student.segment(features.tokens_BLND, features.grid)
 
         return predict_together(
@@ -180,14 +191,3 @@ class Segmenter:
             return torch.cat([forward(view_B3HW[part], part) for part in parts])
 
         return whole
-
-    def _encode(self, image_B3HW: Tensor, *, with_similarity: bool, with_attention: bool) -> Features:
-        return self.clip.encode(
-            image_B3HW,
-            self.bank_KE if with_similarity else None,
-            token_blocks=self.encoder.token_blocks,
-            attention_blocks=self.encoder.attention_blocks if with_attention else (),
-            similarity=self.encoder.similarity if with_similarity else "raw",
-            surgery_blocks=self.encoder.surgery_blocks,
-            renormalize_rows=True,
-        )

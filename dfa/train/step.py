@@ -90,7 +90,14 @@ class TrainStep(Objective):
         by sample; a sample that has none (not labelled yet, or rejected there) is trained on the online Y. L_a reads no
         labels. The share of samples with an offline Y is reported as a part without weight, `labels_given`.
         """
-        features = self.segmenter.encode(batch.image_B3HW)
+        supervision = self.settings.supervision
+        all_given = supervision == "labels" and batch.given_B is not None and bool(batch.given_B.all())
+        features = self.segmenter.encode(
+            batch.image_B3HW,
+            with_similarity=supervision != "masks"
+            and not all_given,  # it makes the labels of this step, and nothing else
+            with_attention=supervision != "masks",
+        )
         if self.settings.supervision == "masks":
             if batch.mask_BHW is None:
                 raise ValueError("loss.supervision=masks needs shards with masks; write them with data.masks set")

@@ -16,8 +16,20 @@ from pathlib import Path
 from jobs.bench.measure import hardware, section_text, write_section
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
-MODES = ("cam", "crf", "faults", "ingest", "labels", "labels_memory", "state", "step", "transport")
-_ONE_THREAD = {"cam", "crf", "faults", "labels", "labels_memory", "state", "transport"}
+MODES = (
+    "cam",
+    "classes",
+    "crf",
+    "faults",
+    "features",
+    "ingest",
+    "labels",
+    "labels_memory",
+    "state",
+    "step",
+    "transport",
+)
+_ONE_THREAD = set(MODES) - {"ingest", "step"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,18 +1,23 @@
 """The frozen pass against open_clip itself, transformers, and slow float64 re-derivations."""
 
-import json
 import math
 
-import open_clip
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dfa.clip import CLIP_MEAN, CLIP_STD, FrozenClip, WordTokenizer, build_clip, load_clip, value_embedding
+from dfa.clip import FrozenClip, WordTokenizer, build_clip, value_embedding
+from tests.clip.models import (
+    WORDS,
+    assert_relative,
+    bank,
+    load,
+    normalized,
+    picture,
+    transformers_copy,
+    write_model,
+)
 
-WORDS = ["a", "photo", "of", "red", "dog", "cat", "tree"]
 VARIANTS = {
     "plain": ({}, {}),
     "quickgelu": ({"quick_gelu": True}, {}),
@@ -22,47 +27,9 @@ VARIANTS = {
 EVERY = {"token_blocks": 3, "attention_blocks": 3, "surgery_blocks": 2}
 
 
-def write_model(folder, top=None, vision=None, vocabulary=True):
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16} | (vision or {}),
-        "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
-    } | (top or {})
-    if vocabulary:
-        config["vocabulary"] = WORDS
-    path = folder / "model.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
-def load(path, checkpoint="random", precision="fp32", seed=3):
-    return load_clip(path, checkpoint, device="cpu", precision=precision, seed=seed)
-
-
 @pytest.fixture
 def clip(tmp_path):
     return load(write_model(tmp_path))
-
-
-def picture(batch=2, height=32, width=32):
-    return torch.randint(
-        0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-
-
-def bank(clip, columns=5):
-    return F.normalize(torch.randn(columns, clip.embed_dim, generator=torch.Generator().manual_seed(2)), dim=-1)
-
-
-def normalized(image):
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-    return (image.double() / 255 - mean) / std
-
-
-def assert_relative(got, expected, tolerance=1e-5):
-    """The issue's bound: error relative to the largest entry, fp32 against another summation order."""
-    assert got.shape == expected.shape
-    assert (got.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -87,35 +54,6 @@ def test_choosing_fewer_blocks_changes_nothing_else(clip, token_blocks, attentio
     assert_relative(part.class_similarity_BK, full.class_similarity_BK)
     torch.testing.assert_close(part.tokens_BLND, full.tokens_BLND[:, at[0]], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(part.attention_BLNN, full.attention_BLNN[:, at[1]], rtol=1e-5, atol=1e-7)
-
-
-def transformers_copy(clip, activation):
-    """transformers' vision tower holding the same weights."""
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=128, projection_dim=24, num_hidden_layers=3, num_attention_heads=2,
-        image_size=32, patch_size=8, hidden_act=activation, attn_implementation="eager",
-    )  # fmt: skip
-    model = CLIPVisionModelWithProjection(config).eval()
-    own = clip.visual.state_dict()
-    state = {
-        "vision_model.embeddings.class_embedding": own["class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": own["conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": own["positional_embedding"],
-        "visual_projection.weight": own["proj"].T,
-    }
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
-    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for kind in ("weight", "bias"):
-        state[f"vision_model.pre_layrnorm.{kind}"] = own[f"ln_pre.{kind}"]
-        state[f"vision_model.post_layernorm.{kind}"] = own[f"ln_post.{kind}"]
-        for block in range(3):
-            ours, theirs = f"transformer.resblocks.{block}", f"vision_model.encoder.layers.{block}"
-            state |= {f"{theirs}.{new}.{kind}": own[f"{ours}.{old}.{kind}"] for old, new in names.items()}
-            packed = own[f"{ours}.attn.in_proj_{kind}"].chunk(3)
-            state |= {f"{theirs}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", packed, strict=True)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all("position_ids" in name for name in missing)
-    return model
 
 
 @pytest.mark.parametrize("activation, top", [("gelu", {}), ("quick_gelu", {"quick_gelu": True})])
@@ -226,10 +164,11 @@ def test_without_a_text_bank_the_similarity_is_empty(clip):
     assert got.attention_BLNN.shape == (2, 0, 16, 16)
 
 
+@pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.01)])
-def test_half_precision_stays_near_fp32(tmp_path, precision, tolerance):
+def test_half_precision_stays_near_fp32(tmp_path, precision, tolerance, quick_gelu):
     # 8 and 11 bits of mantissa through three blocks; outputs other than tokens are fp32 in any case.
-    path, image = write_model(tmp_path), picture()
+    path, image = write_model(tmp_path, {"quick_gelu": quick_gelu}), picture()
     full, half = load(path), load(path, precision=precision)
     text = bank(full)
     expected, got = (clip.encode(image, text, **EVERY, similarity="surgery") for clip in (full, half))
@@ -278,7 +217,7 @@ def test_text_bank_is_the_mean_of_normalized_embeddings_in_any_order(clip, monke
     got = clip.text_bank(prompts, templates)
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-6)
     assert clip.text_bank(prompts, templates) is got
-    monkeypatch.setattr("dfa.clip._TEXT_CHUNK", 3)
+    monkeypatch.setattr("dfa.clip.text._TEXT_CHUNK", 3)
     shuffled = clip.text_bank([["tree", "cat", "red cat"], ["dog"]], templates[::-1])
     torch.testing.assert_close(shuffled.flip(0), got, rtol=1e-5, atol=1e-6)
 
@@ -304,85 +243,6 @@ def test_text_embedding_does_not_depend_on_what_follows_the_end(clip):
     padded = ids.clone()
     padded[0, 4:] = 3
     torch.testing.assert_close(clip.clip.encode_text(padded), clip.clip.encode_text(ids))
-
-
-def test_random_weights_are_asked_for_by_name_and_follow_the_seed(tmp_path):
-    path = write_model(tmp_path)
-    state = torch.random.get_rng_state()
-    first, again, other = load(path), load(path), load(path, seed=4)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(first.visual.proj, again.visual.proj) and not torch.equal(first.visual.proj, other.visual.proj)
-    with pytest.raises(ValueError, match="random"):
-        load(path, checkpoint=None)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_half_precision_checkpoint_is_upcast(tmp_path, suffix):
-    path, file = write_model(tmp_path), tmp_path / f"weights{suffix}"
-    state = {name: value.half().contiguous() for name, value in build_clip(path).state_dict().items()}
-    if suffix == ".pt":
-        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
-    else:
-        safetensors.torch.save_file(state, file)
-    clip = load(path, checkpoint=str(file))
-    assert clip.visual.proj.dtype == clip.clip.text_projection.dtype == torch.float32
-    assert torch.equal(clip.visual.proj, state["visual.proj"].float())
-
-
-@pytest.mark.parametrize(
-    "drop, add, message",
-    [
-        ("visual.ln_post.bias", {}, r"model.json: 1 missing keys \(visual.ln_post.bias\)"),
-        (None, {"strange": torch.zeros(1)}, r"1 unexpected keys \(strange\)"),
-        (None, {"visual.proj": torch.zeros(3, 3)}, r"visual.proj: \(3, 3\) in the file, \(32, 24\) in the model"),
-        ("logit_scale", {"other": torch.zeros(1)}, r"missing keys \(logit_scale\); 1 unexpected keys \(other\)"),
-    ],
-)
-def test_weights_of_another_model_are_named(tmp_path, drop, add, message):
-    path, file = write_model(tmp_path), tmp_path / "weights.safetensors"
-    state = dict(build_clip(path).state_dict()) | add
-    state.pop(drop, None)
-    safetensors.torch.save_file(state, file)
-    with pytest.raises(ValueError, match=message):
-        load(path, checkpoint=str(file))
-
-
-class Plain(torch.nn.Module):
-    def forward(self, x):
-        return x
-
-
-def test_a_torchscript_archive_and_an_unknown_kind_of_file_are_refused(tmp_path):
-    path = write_model(tmp_path)
-    torch.jit.script(Plain()).save(str(tmp_path / "archive.pt"))
-    with pytest.raises(ValueError, match="TorchScript"):
-        load(path, checkpoint=str(tmp_path / "archive.pt"))
-    (tmp_path / "weights.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="npz"):
-        load(path, checkpoint=str(tmp_path / "weights.npz"))
-
-
-@pytest.mark.parametrize(
-    "model, checkpoint, message",
-    [
-        ("ViT-Z-99", "random", "ViT-Z-99.*list_models"),
-        ("no/such.json", "random", "does not exist"),
-        ("ViT-B-16-quickgelu", "opneai", "opneai.*openai"),
-        ("ViT-B-16-SigLIP", "random", "timm"),
-    ],
-)
-def test_unknown_models_and_tags_are_told(model, checkpoint, message):
-    with pytest.raises(ValueError, match=message):
-        load(model, checkpoint=checkpoint)
-
-
-def test_without_a_network_the_tag_and_the_way_out_are_named(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(ValueError, match=r"openai.*ViT-B-16-quickgelu.*give the \.safetensors"):
-        load("ViT-B-16-quickgelu", checkpoint="openai")
 
 
 @pytest.mark.parametrize("vision", [{"pool_type": "avg"}, {"attentional_pool": True}, {"qk_norm": True}])

@@ -1,0 +1,84 @@
+"""Memory of CAMs with a thousand classes against VOC's twenty."""
+
+import multiprocessing
+import multiprocessing.connection
+import resource
+from typing import Any
+
+from jobs.bench.measure import Result, versions
+
+DEFAULT_REPEATS = 1
+_FEW, _MANY = 20, 1000
+_BACKGROUND, _BATCH, _SIZE = 50, 4, 320
+
+
+def classes(repeats: int) -> Result:
+    """Peak of a process that builds the text bank and makes the CAMs and the model's masks of one batch."""
+    found = {count: [_in_a_process(count) for _ in range(repeats)] for count in (_FEW, _MANY)}
+    few_mb, many_mb = ([each["peak_mb"] for each in found[count]] for count in (_FEW, _MANY))
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in found[_MANY][-1].items())
+    return Result(
+        title="Memory of a thousand classes",
+        unit="MB",
+        ours=max(many_mb),
+        peer=max(few_mb),
+        ours_range=(min(many_mb), max(many_mb)),
+        peer_range=(min(few_mb), max(few_mb)),
+        peer_name=f"{_FEW} classes",
+        versions=versions("torch", "open_clip_torch"),
+        lines=(
+            f"Peak of one process with ViT-B/16 (random weights, fp32): text bank of {_MANY} classes (ours) or {_FEW} and"
+            f" {_BACKGROUND} background prompts, then the CAMs (transport, with the mirrored copies) of {_BATCH} images of"
+            f" {_SIZE} x {_SIZE} with two to five classes each, then the model's masks of them. {repeats} run(s).",
+            "",
+            f"Peaks after each stage with {_MANY} classes, MB: {stages}.",
+        ),
+        extra={"stages_mb": found[_MANY][-1], "limit_mb": 4000, "repeats": repeats},
+    )
+
+
+def _in_a_process(num_classes: int) -> dict[str, float]:
+    """A peak belongs to a process: each measurement has its own."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(num_classes, sending))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError as error:
+        raise RuntimeError(f"the process with {num_classes} classes ended without an answer") from error
+    finally:
+        process.join()
+
+
+def _work(num_classes: int, sending: multiprocessing.connection.Connection) -> None:
+    import torch
+
+    from dfa.build.model import assemble, encoder
+    from dfa.config import load
+
+    torch.set_num_threads(1)
+    peaks: dict[str, float] = {}
+
+    def note(stage: str) -> None:
+        peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+    config = load("voc_dfa", ["clip.checkpoint=random", "train.use_gpu=false", "train.precision=fp32"])
+    clip = encoder(config, torch.device("cpu"))
+    note("encoder")
+    prompts = [[f"thing number {index}"] for index in range(num_classes + _BACKGROUND)]
+    bank_KE = clip.text_bank(prompts, ["a clean origami {}."])
+    note("text_bank")
+    segmenter: Any = assemble(config, clip, bank_KE, num_classes=num_classes)
+    segmenter.student.eval()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(_BATCH, 3, _SIZE, _SIZE, generator=generator)
+    labels = torch.zeros(_BATCH, num_classes, dtype=torch.bool)
+    for number, row in enumerate(labels):
+        row[torch.randperm(num_classes, generator=generator)[: 2 + number]] = True
+    segmenter.pixel_seeds(image, labels, scales=[1.0], flip=True)
+    note("cams")
+    segmenter.logits(image, scales=[1.0], flip=True).argmax(1)
+    note("peak_mb")
+    sending.send(peaks)

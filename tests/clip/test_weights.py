@@ -1,0 +1,240 @@
+"""Weight files: what is read, what is refused, and what is said of a file that does not fit."""
+
+import os
+import pickle
+import zipfile
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+
+from dfa.clip import build_clip
+from dfa.clip.weights import read_weights
+from tests.clip.models import load, write_model
+
+
+def test_random_weights_are_asked_for_by_name_and_follow_the_seed(tmp_path):
+    path = write_model(tmp_path)
+    state = torch.random.get_rng_state()
+    first, again, other = load(path), load(path), load(path, seed=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.visual.proj, again.visual.proj) and not torch.equal(first.visual.proj, other.visual.proj)
+    with pytest.raises(ValueError, match="random"):
+        load(path, checkpoint=None)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_half_precision_checkpoint_is_upcast(tmp_path, suffix):
+    path, file = write_model(tmp_path), tmp_path / f"weights{suffix}"
+    state = {name: value.half().contiguous() for name, value in build_clip(path).state_dict().items()}
+    if suffix == ".pt":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    else:
+        safetensors.torch.save_file(state, file)
+    clip = load(path, checkpoint=str(file))
+    assert clip.visual.proj.dtype == clip.clip.text_projection.dtype == torch.float32
+    assert torch.equal(clip.visual.proj, state["visual.proj"].float())
+
+
+@pytest.mark.parametrize(
+    "drop, add, message",
+    [
+        ("visual.ln_post.bias", {}, r"model.json: 1 missing keys \(visual.ln_post.bias\)"),
+        (None, {"strange": torch.zeros(1)}, r"1 unexpected keys \(strange\)"),
+        (None, {"visual.proj": torch.zeros(3, 3)}, r"visual.proj: \(3, 3\) in the file, \(32, 24\) in the model"),
+        ("logit_scale", {"other": torch.zeros(1)}, r"missing keys \(logit_scale\); 1 unexpected keys \(other\)"),
+    ],
+)
+def test_weights_of_another_model_are_named(tmp_path, drop, add, message):
+    path, file = write_model(tmp_path), tmp_path / "weights.safetensors"
+    state = dict(build_clip(path).state_dict()) | add
+    state.pop(drop, None)
+    safetensors.torch.save_file(state, file)
+    with pytest.raises(ValueError, match=message):
+        load(path, checkpoint=str(file))
+
+
+def scripted(tmp_path, top=None, name="archive.pt"):
+    """A TorchScript archive of a CLIP, and that CLIP."""
+    clip = build_clip(write_model(tmp_path, top)).half().float()
+    torch.jit.script(clip).save(str(tmp_path / name))
+    return tmp_path / name, clip
+
+
+def with_description(archive, description):
+    """The archive with another data.pkl."""
+    changed = archive.with_name("changed.pt")
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, description if name.endswith("/data.pkl") else old.read(name))
+    return changed
+
+
+def test_a_torchscript_archive_gives_the_state_dict_of_its_model(tmp_path):
+    file, clip = scripted(tmp_path)
+    got = read_weights(file)
+    assert got.tensors.keys() == clip.state_dict().keys() and got.quick_gelu is False
+    assert all(torch.equal(got.tensors[name], value) for name, value in clip.state_dict().items())
+    loaded = load(str(tmp_path / "model.json"), checkpoint=str(file))
+    assert torch.equal(loaded.visual.proj, clip.visual.proj)
+
+
+class Malice:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_an_archive_is_executed(tmp_path):
+    file, _ = scripted(tmp_path)
+    attack = with_description(file, pickle.dumps(Malice(tmp_path / "owned"), protocol=2))
+    pickle.loads(pickle.dumps(Malice(tmp_path / "would_work"), protocol=2))  # the attack is a real one
+    assert (tmp_path / "would_work").exists()
+    with pytest.raises(ValueError, match=r"archive.*calls posix\.mkdir, which is refused"):
+        read_weights(attack)
+    pickled = tmp_path / "pickled.pt"
+    torch.save({"state_dict": Malice(tmp_path / "owned")}, pickled)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        read_weights(pickled)
+    assert not (tmp_path / "owned").exists()
+
+
+def storage_of(count):
+    """Instructions that push one tensor of `count` numbers from storage 0, as TorchScript writes them."""
+    return (
+        b"\x80\x02c__torch__.a\nModule\n)\x81}(X\x06\x00\x00\x00weightctorch._utils\n_rebuild_tensor_v2\n"
+        b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+        b"K\x00(K" + bytes([count]) + b"t(K\x01t\x89ccollections\nOrderedDict\n)RtRub."
+    )
+
+
+@pytest.mark.parametrize(
+    "description, message",
+    [
+        (storage_of(9), r"reaches beyond its 4 numbers"),
+        (b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00u", "cannot be read"),
+        (b"\x80\x02cos\nsystem\n(X\x02\x00\x00\x00lsio.", "instruction OBJ|cannot be read"),
+        (b"\x80\x02c__torch__.a\nModule\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.", "refers to itself"),
+        (b"no pickle", "cannot be read"),
+    ],
+)
+def test_a_damaged_or_malicious_description_is_told(tmp_path, description, message):
+    file = tmp_path / "archive.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr("archive/data.pkl", description)
+    with pytest.raises(ValueError, match=message):
+        read_weights(file)
+    good = tmp_path / "good.pt"
+    with zipfile.ZipFile(good, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr("archive/data.pkl", storage_of(4))
+    assert read_weights(good).tensors["weight"].tolist() == [0.0] * 4
+
+
+def test_a_storage_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
+    file = tmp_path / "archive.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data/0", bytes(10_000_000))
+        archive.writestr("archive/data.pkl", storage_of(4))
+    with pytest.raises(ValueError, match="larger than the file"):
+        read_weights(file)
+
+
+def test_a_file_of_another_kind_or_content_is_told(tmp_path):
+    path = write_model(tmp_path)
+    for name, content, message in (
+        ("weights.npz", b"", "npz"),
+        ("weights.safetensors", b"12345678", "no whole safetensors"),
+        ("weights.pt", b"", "damaged"),
+        ("weights.bin", b"garbage, no zip", "damaged"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load(path, checkpoint=str(tmp_path / name))
+    torch.save({"epoch": 3, "model": torch.zeros(1)}, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match=r"'epoch'.*no tensors"):
+        load(path, checkpoint=str(tmp_path / "training.pt"))
+
+
+def test_another_architecture_is_named_on_both_sides(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(build_clip(write_model(tmp_path, vision={"width": 48, "layers": 2})).state_dict(), file)
+    expected = "file holds a ViT of patch 8, width 48, 2 blocks.*model is a ViT of patch 8, width 32, 3 blocks"
+    with pytest.raises(ValueError, match=expected):
+        load(write_model(tmp_path), checkpoint=str(file))
+    safetensors.torch.save_file({"vision_model.embeddings.class_embedding": torch.zeros(32)}, file)
+    with pytest.raises(ValueError, match="transformers' names"):
+        load(write_model(tmp_path), checkpoint=str(file))
+
+
+@pytest.mark.parametrize("file_has, model_has", [(True, False), (False, True)])
+def test_an_archive_of_the_other_activation_is_refused(tmp_path, file_has, model_has):
+    file, _ = scripted(tmp_path, {"quick_gelu": file_has})
+    with pytest.raises(ValueError, match=f'set "quick_gelu" to {str(file_has).lower()}.*modules of this TorchScript'):
+        load(write_model(tmp_path, {"quick_gelu": model_has}), checkpoint=str(file))
+    load(write_model(tmp_path, {"quick_gelu": file_has}), checkpoint=str(file))
+
+
+def test_openais_state_dict_is_known_by_its_notes_and_needs_quickgelu(tmp_path):
+    file = tmp_path / "weights.pt"
+    notes = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(11)}
+    torch.save(build_clip(write_model(tmp_path)).state_dict() | notes, file)
+    with pytest.raises(ValueError, match=r"trained with QuickGELU.*has GELU.*input_resolution"):
+        load(write_model(tmp_path), checkpoint=str(file))
+    load(write_model(tmp_path, {"quick_gelu": True}), checkpoint=str(file))
+
+
+@pytest.mark.parametrize(
+    "model, tag, right",
+    [("ViT-B-16", "openai", "ViT-B-16-quickgelu"), ("ViT-L-14", "openai", "ViT-L-14-quickgelu")],
+)
+def test_a_tag_of_the_other_activation_is_refused_before_anything_is_fetched(model, tag, right):
+    with pytest.raises(ValueError, match=f"trained with QuickGELU.*take {right}$"):
+        load(model, checkpoint=tag)
+
+
+def test_half_precision_matrices_without_a_word_on_the_activation_are_warned_of(tmp_path, caplog):
+    # A bare state dict does not tell its activation: half precision, whatever it is stored in, is all there is to see.
+    file, path = tmp_path / "weights.safetensors", write_model(tmp_path, vocabulary=False)
+    full = build_clip(path).state_dict()
+    for state, warned in ((full, False), ({name: value.half().float() for name, value in full.items()}, True)):
+        caplog.clear()
+        safetensors.torch.save_file(state, file)
+        load(path, checkpoint=str(file))
+        assert ("does not tell its activation" in caplog.text) == warned
+    caplog.clear()
+    load(write_model(tmp_path, {"quick_gelu": True}, vocabulary=False), checkpoint=str(file))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "model, checkpoint, message",
+    [
+        ("ViT-Z-99", "random", "ViT-Z-99.*list_models"),
+        ("no/such.json", "random", "does not exist"),
+        ("ViT-B-16-quickgelu", "opneai", "opneai.*openai"),
+        ("ViT-B-16-SigLIP", "random", "timm"),
+    ],
+)
+def test_unknown_models_and_tags_are_told(model, checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        load(model, checkpoint=checkpoint)
+
+
+def test_without_a_network_the_tag_and_the_way_out_are_named(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(
+        ValueError,
+        match=r"openai.*ViT-B-16-quickgelu.*https://openaipublic.*ViT-B-16\.pt.*timm/.*weights/.*clip\.checkpoint=",
+    ):
+        load("ViT-B-16-quickgelu", checkpoint="openai")
