@@ -132,9 +132,9 @@ def train_stream(
 ) -> ray.data.Dataset:
     """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
 
-    Filler rows bring the length to a multiple of `num_workers`, because Ray drops what does not divide evenly (not the
-    last rows, either: it splits blocks out of order there); `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that
-    counting stays exact.
+    Filler rows bring the length to a multiple of `num_workers`, because Ray drops what does not divide evenly (and not the
+    last rows: it splits the last blocks out of order); `iterate` removes them. A sample that does not decode stays in
+    the stream as a rejected row, so that counting stays exact.
 
     Args:
         num_samples: length of the whole run, counted from its very beginning.
