@@ -177,7 +177,7 @@ def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Ca
             open_epochs=progress.open_epochs,
             crop=crop,
             with_masks=config.loss.supervision == "masks",
-            max_workers=config.train.workers,
+            num_workers=readers.num_workers,
             read_cpus=readers.read_cpus,
             max_readers=readers.max_readers,
             labels=labels,

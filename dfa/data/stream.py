@@ -125,16 +125,16 @@ def train_stream(
     open_epochs: Mapping[int, ConsumedEpoch],
     crop: CropSettings,
     with_masks: bool,
-    max_workers: int,
+    num_workers: int,
     read_cpus: float,
     max_readers: int,
     labels: str | None = None,
 ) -> ray.data.Dataset:
     """The rest of a run as one Ray dataset (see the module's docstring), to be read with `iterate`.
 
-    Ray drops from the end what does not divide evenly between the workers; filler rows stand there, enough for any number
-    of workers up to `max_workers`, and `iterate` removes them. A sample that does not decode stays in the stream as a rejected row, so that
-    counting stays exact.
+    Filler rows bring the length to a multiple of `num_workers`, because Ray drops what does not divide evenly (and not the
+    last rows: it splits the last blocks out of order); `iterate` removes them. A sample that does not decode stays in
+    the stream as a rejected row, so that counting stays exact.
 
     Args:
         num_samples: length of the whole run, counted from its very beginning.
@@ -164,9 +164,9 @@ def train_stream(
         open_epochs=open_epochs,
     )
     tasks: list[tuple[Reader, Item | int]] = [(reader(item.shard), item) for item in items]
-    num_filler = max_workers - 1 if tasks else max_workers
-    if num_filler:
-        tasks.append((reader(0), num_filler))
+    num_rows = sum(work.num_rows for _, work in tasks if isinstance(work, Item))
+    if -num_rows % num_workers or not tasks:
+        tasks.append((reader(0), -num_rows % num_workers or num_workers))
     dataset = ray.data.read_datasource(
         _source(tasks), num_cpus=read_cpus, concurrency=max_readers, override_num_blocks=len(tasks)
     )

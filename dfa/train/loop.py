@@ -23,6 +23,7 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
@@ -149,7 +150,7 @@ def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, 
             storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
-            callbacks=[Failures(plan)],
+            callbacks=[Failures(plan), _NoteGroupSize()],
         ),
     )
     try:
@@ -184,6 +185,16 @@ class Failures(ray.train.UserCallback):
                 f"training failed on worker {rank}: {str(first).strip()} (failure {self._count} in a row)"
             )
         logger.warning("worker %d failed, the workers start again: %s", rank, str(first).strip().splitlines()[-1])
+
+
+_group_size: dict[str, int] = {}
+
+
+class _NoteGroupSize(WorkerGroupCallback):
+    """Lets the maker of the stream know, in Ray Train's controller, how many workers there are at this start."""
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        _group_size["now"] = worker_group_context.num_workers
 
 
 class _TorchConfig(ray.train.torch.TorchConfig):
@@ -231,7 +242,7 @@ def _dataset_maker(plan: LoopPlan, resources: Resources) -> Callable[[], Any]:
         checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
         progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
         cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        return plan.make_dataset(progress, derive_readers(plan, resources, cpus))
+        return plan.make_dataset(progress, derive_readers(plan, resources, cpus, _group_size.get("now")))
 
     return make
 

@@ -30,6 +30,8 @@ class Resources:
 class Readers:
     """What read tasks may take beside the workers, see `derive_readers`."""
 
+    num_workers: int
+    """Workers that the stream is dealt to."""
     read_cpus: float
     max_readers: int
 
@@ -164,7 +166,9 @@ def derive_resources(plan: LoopPlan, *, num_cpus: float, num_gpus: float) -> Res
     return Resources(max(3 / _STEP, _sixteenths(worker_cpus)), gpus)
 
 
-def derive_readers(plan: LoopPlan, resources: Resources, node_cpus: Sequence[float]) -> Readers:
+def derive_readers(
+    plan: LoopPlan, resources: Resources, node_cpus: Sequence[float], num_workers: int | None = None
+) -> Readers:
     """What read tasks may take of the nodes that are there now, wherever the workers came to lie.
 
     The workers leave at least L CPUs on n nodes, so one node has L / n; a read task reserves a quarter of that. Where
@@ -173,7 +177,11 @@ def derive_readers(plan: LoopPlan, resources: Resources, node_cpus: Sequence[flo
     fit = sum(int(cpus // resources.worker_cpus) for cpus in node_cpus)
     left = sum(node_cpus) - min(plan.num_workers, fit) * resources.worker_cpus
     read_cpus = _sixteenths(min(1.0, left / max(1, len(node_cpus)) / 4))
-    return Readers(read_cpus, max(1, int(left if sum(node_cpus) > 2 else 2)))
+    return Readers(
+        plan.num_workers if num_workers is None else num_workers,
+        read_cpus,
+        max(1, int(left if sum(node_cpus) > 2 else 2)),
+    )
 
 
 def _sixteenths(value: float) -> float:

@@ -171,7 +171,7 @@ def make_plan(folder: Path, index: ShardIndex, *, engine: Any, step_s: float = _
             open_epochs=progress.open_epochs,
             crop=CropSettings(size=_CROP, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6),
             with_masks=False,
-            max_workers=2,
+            num_workers=readers.num_workers,
             read_cpus=readers.read_cpus,
             max_readers=readers.max_readers,
         )

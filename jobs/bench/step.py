@@ -154,7 +154,7 @@ def _data_wait(config: Any, folder: Path, compute: Callable[[], None]) -> float:
         open_epochs={},
         crop=crop,
         with_masks=False,
-        max_workers=1,
+        num_workers=1,
         read_cpus=0.25,
         max_readers=2,
     )

@@ -145,7 +145,7 @@ def toy_plan(run: Path, index: ShardIndex, **changes: Any) -> LoopPlan:
             open_epochs=progress.open_epochs,
             crop=crop,
             with_masks=False,
-            max_workers=plan.num_workers,
+            num_workers=readers.num_workers,
             read_cpus=readers.read_cpus,
             max_readers=readers.max_readers,
         )
