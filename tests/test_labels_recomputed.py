@@ -73,6 +73,7 @@ def labelled(request, sample_data, tmp_path_factory):
     overrides += ["label.png=true", "label.coco=true", "label.soft=true", "label.confidence=true", "label.worst=6"]
     overrides += ["label.compare_model=true", "decoder.width=32", "decoder.depth=1"]
     overrides += [f"evaluate.thresholds={list(THRESHOLDS)}"]
+    overrides += ["label.batch_size=1"]  # as they are made again here: batched sums round differently, and ties flip
     overrides += ["label.min_confidence=0.7"] if request.param == "coco" else []
     config = load("demo", overrides)
     names = build.class_set(config).names
@@ -150,8 +151,7 @@ def test_every_number_is_that_of_the_files(labelled):
     shares = {name: round(pixels[value] / total, 5) for value, name in enumerate(("background", *names))}
     assert result["pixel_share"] == shares and quality["background_share"] == pixels[0] / total
 
-    # Rounding of batched against single products moves a pixel here and there; a class may be small.
-    near = {"abs": 0.1}
+    near = {"abs": 0.006}  # percent with two decimals
     seed = {key: _seed_mask(*seeds[key], config.cam.threshold) for key in raws}
     for name, found in (("mask_miou", whole), ("argmax_miou", seed)):
         expected = _miou(((truths[key], found[key]) for key in raws), len(names))

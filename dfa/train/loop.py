@@ -150,7 +150,7 @@ def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, 
             storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
-            callbacks=[Failures(plan), _NoteGroupSize()],
+            callbacks=[Failures(plan), _NoteGroupSize()],  # type: ignore[list-item]
         ),
     )
     try:

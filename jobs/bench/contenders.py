@@ -49,7 +49,7 @@ def ours(folder: Path) -> Iterator[int]:
         open_epochs={},
         crop=CropSettings(SIZE, SCALES, FLIP, MAX_PIXELS),
         with_masks=False,
-        max_workers=1,
+        num_workers=1,
         read_cpus=0.5,
         max_readers=PROCESSES,
     )

