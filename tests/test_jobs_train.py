@@ -34,7 +34,7 @@ def config(tmp_path):
     config.data.root, config.data.split = str(write_voc(tmp_path / "world", seed=1, num_train=6, num_val=4)), "train"
     write_shards(config, config.shards.train)
     num_samples = config.train.steps * config.train.batch_size
-    progress = Progress(build.index(config, "train").num_samples)
+    progress = Progress([shard.num_samples for shard in build.index(config, "train").shards])
     model, names = build.model_description(config), build.class_set(config).names
     info = CheckpointInfo(3, num_samples, 0, None, 3, 1.0, names, model)
     save_checkpoint(config.run, EngineState({}, {}, {}, 3, 1.0), progress.to_tensors(), info)

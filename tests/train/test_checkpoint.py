@@ -48,7 +48,7 @@ def run(way):
 
 def save(run, step, miou=None, size=3):
     weights, moment1, moment2 = ({"w": torch.full((size,), step / part)} for part in (1, 2, 4))
-    progress = Progress(20)
+    progress = Progress([20])
     progress.add([0] * step, range(step))
     info = CheckpointInfo(step, step, 0, miou, 5, 1.0, NAMES, {"kind": "toy"})
     return save_checkpoint(run, EngineState(weights, moment1, moment2, 5, 1.0), progress.to_tensors(), info)

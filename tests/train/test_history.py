@@ -103,7 +103,7 @@ def test_what_a_crash_took_back_is_not_in_the_history(tmp_path: Path, index: Sha
     plan = toy_plan(tmp_path, index, engine="torch", checkpoint_every=2, keep_history=True, make_validation=None)
     with pytest.raises(OSError, match="power cut"):
         train(plan, index, fail_after=15)  # in step 8
-    newest = list_checkpoints(tmp_path)[-1]
+    newest = Path(list_checkpoints(tmp_path)[-1])
     assert newest.name == "step-00000006"
     (newest / "state.json").write_text("torn")  # so the restart goes back to step 4, and step 6 is done again
     with pytest.raises(OSError, match="power cut"):

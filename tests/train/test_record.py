@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints: one history of metrics, on a disk and in an object store, and each start."""
 
 import json
+import time
 import uuid
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_metrics_tell_one_history_after_a_crash_and_a_roll_back(run, tmp_path):
         if step == 2:
             first.sync()  # before the checkpoint of step 2
     # The crash: no close, and what came after the checkpoint is lost or is removed.
+    time.sleep(1.1)  # event files are ordered by the second in which they were begun
     second = Recorder(run, rank=0, first_step=2)
     assert second.restarts == 1
     for step in (3, 4):

@@ -75,7 +75,7 @@ def test_a_run_in_an_object_store_killed_stopped_and_resumed_over_a_broken_way_e
     index = toy.write_toy_shards(tmp_path / "toy", num_samples=40, samples_per_shard=10)
     local = toy.toy_plan(tmp_path / "local", index, **SETTINGS)
     Trainer(local, device=torch.device("cpu"), checkpoint=None).train(
-        toy.local_batches(local, index, Progress(index.num_samples)), report=lambda _: None
+        toy.local_batches(local, index, Progress([shard.num_samples for shard in index.shards])), report=lambda _: None
     )
     copy_folder(tmp_path / "toy", address(way.port, "shards"))
     remote_index = load_index(address(way.port, "shards"))
