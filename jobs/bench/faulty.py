@@ -26,6 +26,7 @@ import ray
 import torch
 from PIL import Image
 from ray._common.utils import reset_ray_address
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from torch import Tensor, nn
@@ -99,6 +100,8 @@ class Machines:
         # Known before anything starts, so that no process looks for a cluster and finds somebody else's.
         os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         head = {"num_cpus": 1, "gcs_server_port": port, "dashboard_port": _free_port(), "temp_dir": self._folder}
+        # As `start_ray` will, but before the head starts: nodes that differ in it refuse each other's calls.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         self._cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": True})
         loop.start_ray()
         self._nodes: list[Any] = []
