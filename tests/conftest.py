@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# No cluster that somebody left on this machine, nor the address of one that died.
+os.environ["RAY_ADDRESS"] = "local"
 
 @pytest.fixture(scope="session")
 def sample_data() -> Path:

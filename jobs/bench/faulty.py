@@ -25,7 +25,6 @@ import numpy as np
 import ray
 import torch
 from PIL import Image
-from ray._common.utils import reset_ray_address
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -96,6 +95,9 @@ class Machines:
     def __init__(self) -> None:
         loop.prepare_environment()
         self._folder = tempfile.mkdtemp(prefix="ray")  # of its own, and short: socket paths have a limit
+        # A cluster leaves its address there, for every later job to join: of the machine, if it is not told otherwise.
+        os.environ["RAY_TMPDIR"] = self._folder
+        Path(self._folder, "ray").mkdir()
         port = _free_port()
         # Known before anything starts, so that no process looks for a cluster and finds somebody else's.
         os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
@@ -126,7 +128,6 @@ class Machines:
     def close(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
-        reset_ray_address()  # Ray would tell later jobs of this machine to connect here
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
