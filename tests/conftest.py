@@ -9,6 +9,7 @@ import pytest
 # No cluster that somebody left on this machine, nor the address of one that died.
 os.environ["RAY_ADDRESS"] = "local"
 
+
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
     """The folder of real VOC and COCO samples, from the environment variable DFA_SAMPLE_DATA; skips without it."""

@@ -16,6 +16,7 @@ DOORS = {
         "dfa/data/stream",
         "dfa/label/factory",
         "dfa/label/slots",
+        "dfa/train/callbacks",
         "dfa/train/cluster",
         "dfa/train/gauges",
         "dfa/train/loop",

@@ -27,7 +27,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: unknown file or key (with the nearest known one), wrong type, value out of range.
     """
-    layers: list[tuple[str, Any]] = [(f"conf {_conf_path(name)}", _read_yaml(_conf_path(name)))] if name else []
+    layers: list[tuple[str, Any]] = []
+    if name:
+        path, content = read_yaml(name)
+        layers.append((f"conf {path}", content))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -64,9 +67,9 @@ def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
 
 def class_set(name: str) -> ClassSet:
     """The class list `name` of conf/ or at the path `name`: keys names, prompts, background, templates."""
-    path = _conf_path(name)
+    path, content = read_yaml(name)
     try:
-        return ClassSet.from_mapping(_read_yaml(path))
+        return ClassSet.from_mapping(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -90,14 +93,20 @@ def _conf_path(name: str) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(name: str) -> tuple[Path, dict[str, Any]]:
+    """The mapping in a YAML file, given by a name in conf/ or by its path, and that path.
+
+    Raises:
+        ValueError: there is no such file, or it holds no mapping.
+    """
+    path = _conf_path(name)
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # the YAML parser behind OmegaConf raises its own family
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a mapping is expected at the top, found {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
+    return path, {str(key): value for key, value in content.items()}
 
 
 def _flat(layer: Any, prefix: str = "") -> Iterator[str]:

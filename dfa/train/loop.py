@@ -23,14 +23,13 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
+from dfa.train.callbacks import Failures, GroupSize, LostNodes, group_size
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
 from dfa.train.cluster import join_cluster
 from dfa.train.gauges import Gauges
-from dfa.train.objective import NonFiniteLossError
 from dfa.train.plan import LoopPlan, Resources, derive_readers, derive_resources
 from dfa.train.progress import Progress
 from dfa.train.record import Observer
@@ -150,51 +149,13 @@ def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, 
             storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
-            callbacks=[Failures(plan), _NoteGroupSize()],  # type: ignore[list-item]
+            callbacks=[Failures(plan), LostNodes(), GroupSize()],  # type: ignore[list-item]
         ),
     )
     try:
         return _graceful(trainer.fit, plan.run_folder).return_value
     except ray.train.ControllerError as error:
         raise error.controller_failure from error
-
-
-class Failures(ray.train.UserCallback):
-    """Ends a run, in Ray Train's controller, when trying again cannot help: an error that the same input gives again, or
-    too many failures in a row without a checkpoint between them."""
-
-    def __init__(self, plan: LoopPlan) -> None:
-        self._run, self._max = plan.run_folder, plan.max_failures
-        self._newest, self._count = "", 0
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(worker_exceptions.items())}
-        for rank, cause in causes.items():
-            if isinstance(cause, NonFiniteLossError):
-                raise NonFiniteLossError(str(cause))
-            if isinstance(cause, ValueError) and not isinstance(cause, OSError):  # a store that failed is both
-                raise ValueError(f"training failed on worker {rank}: {str(cause).strip()}")
-        if any(getattr(getattr(cause, "health_check_failure", None), "preempted", False) for cause in causes.values()):
-            return
-        newest = "".join(list_checkpoints(self._run)[-1:])
-        self._count = 1 if newest != self._newest else self._count + 1
-        self._newest = newest
-        rank, first = next(iter(causes.items()))
-        if self._count > self._max:
-            raise RuntimeError(
-                f"training failed on worker {rank}: {str(first).strip()} (failure {self._count} in a row)"
-            )
-        logger.warning("worker %d failed, the workers start again: %s", rank, str(first).strip().splitlines()[-1])
-
-
-_group_size: dict[str, int] = {}
-
-
-class _NoteGroupSize(WorkerGroupCallback):
-    """Lets the maker of the stream know, in Ray Train's controller, how many workers there are at this start."""
-
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        _group_size["now"] = worker_group_context.num_workers
 
 
 class _TorchConfig(ray.train.torch.TorchConfig):
@@ -242,7 +203,7 @@ def _dataset_maker(plan: LoopPlan, resources: Resources) -> Callable[[], Any]:
         checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
         progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
         cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        return plan.make_dataset(progress, derive_readers(plan, resources, cpus, _group_size.get("now")))
+        return plan.make_dataset(progress, derive_readers(plan, resources, cpus, group_size()))
 
     return make
 

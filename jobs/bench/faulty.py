@@ -102,6 +102,8 @@ class Machines:
         # Known before anything starts, so that no process looks for a cluster and finds somebody else's.
         os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         head = {"num_cpus": 1, "gcs_server_port": port, "dashboard_port": _free_port(), "temp_dir": self._folder}
+        # As cluster/ sets it: a dead node is noticed within 5 s; by default Ray plans with it for 15 to 20 s.
+        os.environ["RAY_health_check_period_ms"] = "1000"  # noqa: SIM112 (the name Ray reads)
         # As `start_ray` will, but before the head starts: nodes that differ in it refuse each other's calls.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         self._cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": True})
@@ -271,7 +273,8 @@ def disturbed_run(
 
 
 def _drain(machines: Machines, plan: LoopPlan, runner: threading.Thread) -> None:
-    """Give notice, and wait for the checkpoint that answers it: at a step at which none is due."""
+    """Give notice to the second node while it trains, and wait for the checkpoint that answers: at a step at which none is due."""
+    _wait(lambda: history.read_attempts(plan.run_folder)[-1].num_workers == plan.num_workers, runner)
     machines.warn(_NOTICE_S)
 
     def answered() -> bool:

@@ -13,8 +13,9 @@ import ray.cloudpickle
 from dfa.data.reading import remaining_items, shard_offsets
 from dfa.data.shards import ShardIndex
 from dfa.data.storage import StoreError
+from dfa.train.callbacks import Failures
 from dfa.train.checkpoint import latest_checkpoint
-from dfa.train.loop import Failures, run
+from dfa.train.loop import run
 from dfa.train.objective import NonFiniteLossError
 from dfa.train.record import read_metrics
 from tests.train import toy

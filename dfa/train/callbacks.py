@@ -1,0 +1,86 @@
+"""What Ray Train's controller tells us about the workers, and what we tell it. All of this runs in its process."""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from dfa.train.checkpoint import list_checkpoints
+from dfa.train.objective import NonFiniteLossError
+from dfa.train.plan import LoopPlan
+
+logger = logging.getLogger(__name__)
+
+_COORDINATOR = "AutoscalingCoordinator"  # Ray's name for who divides the cluster, and for its namespace
+_LOOKOUT_S, _LOOK_EVERY_S = 40.0, 1.0
+
+
+class Failures(ray.train.UserCallback):
+    """Ends a run, in Ray Train's controller, when trying again cannot help: an error that the same input gives again, or
+    too many failures in a row without a checkpoint between them."""
+
+    def __init__(self, plan: LoopPlan) -> None:
+        self._run, self._max = plan.run_folder, plan.max_failures
+        self._newest, self._count = "", 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray calls this before it starts the workers again; what it raises ends the run."""
+        causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(worker_exceptions.items())}
+        for rank, cause in causes.items():
+            if isinstance(cause, NonFiniteLossError):
+                raise NonFiniteLossError(str(cause))
+            if isinstance(cause, ValueError) and not isinstance(cause, OSError):  # a store that failed is both
+                raise ValueError(f"training failed on worker {rank}: {str(cause).strip()}")
+        if any(getattr(getattr(cause, "health_check_failure", None), "preempted", False) for cause in causes.values()):
+            return
+        newest = "".join(list_checkpoints(self._run)[-1:])
+        self._count = 1 if newest != self._newest else self._count + 1
+        self._newest = newest
+        rank, first = next(iter(causes.items()))
+        if self._count > self._max:
+            raise RuntimeError(
+                f"training failed on worker {rank}: {str(first).strip()} (failure {self._count} in a row)"
+            )
+        logger.warning("worker %d failed, the workers start again: %s", rank, str(first).strip().splitlines()[-1])
+
+
+class LostNodes(ray.train.UserCallback):
+    """After a failure, for a while lets Ray see each second which nodes there are.
+
+    It plans a group of workers with a view of the cluster that is up to 20 s old, and each group that counts on a lost node
+    costs the wait for it.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray calls this before it starts the workers again."""
+        try:
+            coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+        except ValueError:  # a run of fixed size is planned without one
+            return
+
+        def look() -> None:
+            end = time.monotonic() + _LOOKOUT_S
+            while time.monotonic() < end:
+                coordinator.get_reserved_resources.remote("", recompute=True)
+                time.sleep(_LOOK_EVERY_S)
+
+        threading.Thread(target=look, name="lost-nodes", daemon=True).start()
+
+
+_group_size: dict[str, int] = {}
+
+
+class GroupSize(WorkerGroupCallback):
+    """Notes how many workers there are at this start, for the maker of the stream."""
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        _group_size["now"] = worker_group_context.num_workers
+
+
+def group_size() -> int | None:
+    """Workers of the newest start; None before the first."""
+    return _group_size.get("now")
