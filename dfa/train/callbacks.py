@@ -16,7 +16,7 @@ from dfa.train.plan import LoopPlan
 logger = logging.getLogger(__name__)
 
 _COORDINATOR = "AutoscalingCoordinator"  # Ray's name for who divides the cluster, and for its namespace
-_LOOKOUT_S, _LOOK_EVERY_S = 40.0, 1.0
+_LOOKOUT_S, _LOOK_EVERY_S = 10.0, 1.0  # an attempt that finds no room ends before that
 
 
 class Failures(ray.train.UserCallback):
@@ -48,37 +48,32 @@ class Failures(ray.train.UserCallback):
         logger.warning("worker %d failed, the workers start again: %s", rank, str(first).strip().splitlines()[-1])
 
 
-class LostNodes(ray.train.UserCallback):
-    """After a failure, for a while lets Ray see each second which nodes there are.
-
-    It plans a group of workers with a view of the cluster that is up to 20 s old, and each group that counts on a lost node
-    costs the wait for it.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray calls this before it starts the workers again."""
-        try:
-            coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
-        except ValueError:  # a run of fixed size is planned without one
-            return
-
-        def look() -> None:
-            end = time.monotonic() + _LOOKOUT_S
-            while time.monotonic() < end:
-                coordinator.get_reserved_resources.remote("", recompute=True)
-                time.sleep(_LOOK_EVERY_S)
-
-        threading.Thread(target=look, name="lost-nodes", daemon=True).start()
-
-
 _group_size: dict[str, int] = {}
 
 
-class GroupSize(WorkerGroupCallback):
-    """Notes how many workers there are at this start, for the maker of the stream."""
+class GroupStarts(WorkerGroupCallback):
+    """At each attempt to start a group of workers: notes its size, and has Ray look for lost nodes.
+
+    Ray plans a group with a view of the cluster that is up to 20 s old, and each one that counts on a lost node costs the wait
+    for it.
+    """
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Ray calls this before it waits for room for the workers."""
         _group_size["now"] = worker_group_context.num_workers
+        threading.Thread(target=_look_for_lost_nodes, name="lost-nodes", daemon=True).start()
+
+
+def _look_for_lost_nodes() -> None:
+    """Beside one attempt: let Ray see each second which nodes there are."""
+    try:
+        coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+    except ValueError:  # a run of fixed size is planned without one
+        return
+    end = time.monotonic() + _LOOKOUT_S
+    while time.monotonic() < end:
+        coordinator.get_reserved_resources.remote("", recompute=True)
+        time.sleep(_LOOK_EVERY_S)
 
 
 def group_size() -> int | None:

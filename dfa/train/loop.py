@@ -26,7 +26,7 @@ import torch
 
 from dfa.data import storage
 from dfa.data.stream import Batch, ingest_options, iterate
-from dfa.train.callbacks import Failures, GroupSize, LostNodes, group_size
+from dfa.train.callbacks import Failures, GroupStarts, group_size
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
 from dfa.train.cluster import join_cluster
 from dfa.train.gauges import Gauges
@@ -149,7 +149,7 @@ def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, 
             storage_path=ray_folder,
             name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
-            callbacks=[Failures(plan), LostNodes(), GroupSize()],  # type: ignore[list-item]
+            callbacks=[Failures(plan), GroupStarts()],  # type: ignore[list-item]
         ),
     )
     try:

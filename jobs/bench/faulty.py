@@ -248,6 +248,8 @@ def disturbed_run(
             machines.join()  # struck_at stays: who trains goes on
             last = ""
             continue
+        if event in ("leave", "drain"):  # while it trains
+            _wait(lambda: history.read_attempts(plan.run_folder)[-1].num_workers == plan.num_workers, runner)
         if event == "drain":
             _drain(machines, plan, runner)
         struck_at, last = time.time(), event
@@ -273,8 +275,7 @@ def disturbed_run(
 
 
 def _drain(machines: Machines, plan: LoopPlan, runner: threading.Thread) -> None:
-    """Give notice to the second node while it trains, and wait for the checkpoint that answers: at a step at which none is due."""
-    _wait(lambda: history.read_attempts(plan.run_folder)[-1].num_workers == plan.num_workers, runner)
+    """Give notice, and wait for the checkpoint that answers it: at a step at which none is due."""
     machines.warn(_NOTICE_S)
 
     def answered() -> bool:

@@ -1,7 +1,6 @@
 """A run whose workers are killed, whose second node is lost and that gets another: it saw what it should, once, in order.
 
-The longer form, many seeds and the times, is `python -m jobs.bench faults`. It takes minutes and a machine without another Ray
-cluster, so it runs where DFA_FAULTS=1 asks for it.
+The longer form, many seeds and the times, is `python -m jobs.bench faults`.
 """
 
 import json
@@ -28,9 +27,6 @@ from dfa.train.plan import LoopPlan
 from jobs.bench.faulty import BATCH, NUM_EPOCHS, NUM_SAMPLES, make_plan
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    os.environ.get("DFA_FAULTS") != "1", reason="kills workers for minutes, without another Ray cluster: DFA_FAULTS=1"
-)
 
 
 @pytest.fixture(scope="module")
