@@ -1,5 +1,10 @@
-"""Runs that are disturbed at random moments, one for each seed, on one simulated cluster; what was repeated or lost."""
+"""Runs that are disturbed at random moments, one for each seed, on one simulated cluster; what was repeated or lost.
 
+Each takes minutes: their outcomes are kept in runs/bench_faults, and a seed that this code has been through is not run again.
+"""
+
+import hashlib
+import json
 import logging
 import os
 import statistics
@@ -12,6 +17,7 @@ from jobs.bench.measure import Result, versions
 
 DEFAULT_REPEATS = 20
 _KILLS = 5
+_FOLDER = Path(__file__).parents[2] / "runs" / "bench_faults"
 _LIMITS_S = {"kill": 25.0, "leave": 45.0}
 
 
@@ -20,14 +26,13 @@ def faults(repeats: int) -> Result:
     from jobs.bench.faulty import NUM_EPOCHS, NUM_SAMPLES, Machines, disturbed_run, make_shards, random_events
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    runs: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
-        index, machines = make_shards(Path(folder) / "images"), Machines()
-        loads = [os.getloadavg()[0]]
-        try:
-            for seed in range(repeats):
-                runs.append(
-                    disturbed_run(
+    kept = {seed: _kept(seed) for seed in range(repeats)}
+    if missing := [seed for seed, run in kept.items() if run is None]:
+        with tempfile.TemporaryDirectory() as folder:
+            index, machines = make_shards(Path(folder) / "images"), Machines()
+            try:
+                for seed in missing:
+                    outcome = disturbed_run(
                         machines,
                         Path(folder) / f"run{seed}",
                         index,
@@ -35,12 +40,12 @@ def faults(repeats: int) -> Result:
                         events=random_events(seed, _KILLS),
                         engine="auto",
                     )
-                )
-                logging.getLogger("jobs.bench").info("%s", runs[-1])
-                loads.append(os.getloadavg()[0])
-        finally:
-            machines.close()
-    kills, losses = ([s for run in runs for s in run.recovery_s[event]] for event in ("kill", "leave"))
+                    kept[seed] = _keep(seed, asdict(outcome) | {"load": os.getloadavg()[1]})
+            finally:
+                machines.close()
+    runs = [run for run in kept.values() if run is not None]
+    loads = [run["load"] for run in runs]
+    kills, losses = ([s for run in runs for s in run["recovery_s"][event]] for event in ("kill", "leave"))
     within = [sum(s <= _LIMITS_S[event] for s in found) for event, found in (("kill", kills), ("leave", losses))]
     return Result(
         title="Faults",
@@ -57,12 +62,37 @@ def faults(repeats: int) -> Result:
             " lost: samples of the committed history against the specified epochs; order: of each rank against the specified one.",
             "",
             f"Of {len(kills)} kills {within[0]} were back within {_LIMITS_S['kill']:g} s, of {len(losses)} lost nodes {within[1]} within"
-            f" {_LIMITS_S['leave']:g} s. Load average between the runs: {min(loads):.1f} to {max(loads):.1f}.",
+            f" {_LIMITS_S['leave']:g} s. Load average over the last five minutes of a run: {min(loads):.1f} to {max(loads):.1f} (about 1"
+            " where nothing else runs).",
             "",
             *_table(runs),
         ),
-        extra={"runs": [asdict(run) for run in runs], "exactly_once": all(run.exactly_once for run in runs)},
+        extra={"runs": runs, "exactly_once": all(run["exactly_once"] for run in runs)},
     )
+
+
+def _file(seed: int) -> Path:
+    return _FOLDER / f"seed-{seed}.json"
+
+
+def _kept(seed: int) -> dict[str, Any] | None:
+    """The outcome of an earlier run of this seed by this code."""
+    record = json.loads(_file(seed).read_text()) if _file(seed).is_file() else {}
+    return record["outcome"] if record.get("code") == _code() else None
+
+
+def _keep(seed: int, outcome: dict[str, Any]) -> dict[str, Any]:
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    _file(seed).write_text(json.dumps({"code": _code(), "outcome": outcome}))
+    logging.getLogger("jobs.bench").info("%s", outcome)
+    return outcome
+
+
+def _code() -> str:
+    """A hash of what such a run runs."""
+    root = Path(__file__).parents[2]
+    files = [*root.glob("dfa/data/*.py"), *root.glob("dfa/train/*.py"), root / "jobs" / "bench" / "faulty.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def _table(runs: list[Any]) -> list[str]:
@@ -72,10 +102,10 @@ def _table(runs: list[Any]) -> list[str]:
         "|" + "---|" * 12,
     ]
     for run in runs:
-        kill_s, verdict = run.recovery_s["kill"], run.verdict
+        kill_s, verdict = run["recovery_s"]["kill"], run["verdict"]
         lines.append(
-            f"| {run.seed} | {run.kills} | {run.node_events} | {run.restarts} | {'-'.join(map(str, run.num_workers))} |"
-            f" {run.seconds:.0f} | {verdict['num_samples']} | {verdict['repeated']} | {verdict['lost']} | {verdict['out_of_order']} |"
-            f" {statistics.median(kill_s):.1f} / {max(kill_s):.1f} | {max(run.recovery_s['leave']):.1f} |"
+            f"| {run['seed']} | {run['kills']} | {run['node_events']} | {run['restarts']} | {'-'.join(map(str, run['num_workers']))} |"
+            f" {run['seconds']:.0f} | {verdict['num_samples']} | {verdict['repeated']} | {verdict['lost']} | {verdict['out_of_order']} |"
+            f" {statistics.median(kill_s):.1f} / {max(kill_s):.1f} | {max(run['recovery_s']['leave']):.1f} |"
         )
     return lines
