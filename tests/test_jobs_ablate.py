@@ -9,7 +9,7 @@ from dfa.config import CONF, load, read_yaml
 from dfa.world.folder import write_voc
 from jobs import ablate
 from jobs.ablate import Ablation
-from tests.test_jobs_train import write_shards
+from tests.small_runs import write_shards
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,7 @@ def test_variants_are_trained_and_scored_once(tmp_path, caplog):
     config = load("demo", [*paths, *small])
     config.data.root = str(write_voc(tmp_path / "world", seed=1, num_train=4, num_val=2))
     for split in ("train", "val"):
-        config.data.split = split
-        write_shards(config, getattr(config.shards, split))
+        write_shards(config, getattr(config.shards, split), split)
     ablation = Ablation.from_mapping({"seeds": [5], "variants": {"dfa": {}, "spam": {"decoder.mixer": "spam"}}})
     result = ablate.work("demo", ablation, [*paths, *small])
     assert [row["variant"] for row in result["rows"]] == ["dfa", "spam"]

@@ -15,13 +15,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from dfa import build
 from dfa.config import load
-from dfa.data import writer
 from dfa.data.offline import resolve
 from dfa.data.shards import read_shard
-from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
-from dfa.train.objective import EngineState
 from dfa.world.folder import write_voc
 from jobs import evaluate, pseudo_label, train
+from tests.small_runs import untrained_checkpoint, write_shards
 
 NUM_CLASSES = 11
 
@@ -34,20 +32,9 @@ def config(tmp_path_factory):
     small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4"]
     config = load("demo", ["clip.checkpoint=random", *paths, *small])
     config.data.root = str(write_voc(root / "world", seed=1, num_train=6, num_val=4))
-    names = build.class_set(config).names
     for split in ("train", "val"):
-        config.data.split, folder = split, getattr(config.shards, split)
-        plan = writer.plan_shards(
-            build.source(config), class_names=names, seed=0, shuffle=True, samples_per_shard=4, max_pixels=20_000
-        )
-        writer.write_plan(folder, plan)
-        for item in plan.items:
-            writer.write_shard(folder, item)
-        writer.finish(folder, plan, max_reject_share=0)
-    student = build.segmenter(config, torch.device("cpu")).student
-    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
-    info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
-    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+        write_shards(config, getattr(config.shards, split), split)
+    untrained_checkpoint(config)
     return config
 
 
@@ -114,13 +101,9 @@ def test_the_seed_of_the_factory_is_the_segmenters_own(config):
 
 def _checkpoint(config, step, val_miou):
     """A checkpoint of `step` batches whose student depends on its number."""
-    config, seen = copy.deepcopy(config), step * config.train.batch_size
+    config = copy.deepcopy(config)
     config.train.seed = step
-    student = build.segmenter(config, torch.device("cpu")).student
-    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
-    names = build.class_set(config).names
-    info = CheckpointInfo(step, seen, 0, val_miou, 0, 1.0, names, build.model_description(config))
-    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    untrained_checkpoint(config, step=step, samples_seen=step * config.train.batch_size, val_miou=val_miou)
 
 
 @pytest.mark.usefixtures("ray_session")

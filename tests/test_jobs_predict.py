@@ -13,13 +13,11 @@ from PIL import Image
 import dfa
 from dfa import build
 from dfa.config import load
-from dfa.data import writer
 from dfa.data.shards import read_shard
 from dfa.label.crf import PRESETS
-from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
-from dfa.train.objective import EngineState
 from dfa.world.folder import write_voc
 from jobs import predict
+from tests.small_runs import untrained_checkpoint, write_shards
 
 NUM_IMAGES, NUM_BROKEN = 9, 4
 UNUSABLE = ("broken.jpg", "deep/gone.png", "deep/note.png", "deep_tiny.png")
@@ -35,10 +33,7 @@ def config(tmp_path_factory):
     with torch.no_grad():
         student.decoder.classify.weight *= 20
         student.decoder.classify.bias[5:] -= 40  # few classes: the CRF of each picture is short
-    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
-    names = build.class_set(config).names
-    info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
-    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    untrained_checkpoint(config, student)
     config.data.root = str(write_voc(root / "world", seed=1, num_train=4, num_val=2))
     _fill(root / "photos", sorted((root / "world").rglob("*.jpg")))
     return config
@@ -144,19 +139,8 @@ def test_another_folder_of_the_same_name_needs_an_output_of_its_own(config, tmp_
 
 @pytest.mark.usefixtures("ray_session")
 def test_shards_are_predicted_too(config, tmp_path):
-    config.data.split, shards = "train", tmp_path / "shards"
-    plan = writer.plan_shards(
-        build.source(config),
-        class_names=build.class_set(config).names,
-        seed=0,
-        shuffle=True,
-        samples_per_shard=3,
-        max_pixels=20_000,
-    )
-    writer.write_plan(str(shards), plan)
-    for item in plan.items:
-        writer.write_shard(str(shards), item)
-    writer.finish(str(shards), plan, max_reject_share=0)
+    shards = tmp_path / "shards"
+    write_shards(config, str(shards), samples_per_shard=3)
     kept = config.predict
     config.predict = type(kept)(input=str(shards), output=str(tmp_path / "masks"), crf=False, png=False)
     try:

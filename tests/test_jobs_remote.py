@@ -4,18 +4,15 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 
 import dfa
-from dfa import build
 from dfa.config import load
-from dfa.data import storage, writer
-from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
-from dfa.train.objective import EngineState
+from dfa.data import storage
 from dfa.train.record import Recorder
 from dfa.world.folder import write_voc
 from jobs import evaluate, predict, pseudo_label, report
 from tests.data.object_store import address, object_store
+from tests.small_runs import untrained_checkpoint, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +23,17 @@ def configs(tmp_path_factory):
     paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
     local = load("demo", ["clip.checkpoint=random", *paths, *small, "label.coco=true", "evaluate.flip=false"])
     local.data.root = str(write_voc(root / "world", seed=1, num_train=4, num_val=3))
-    names = build.class_set(local).names
     for split in ("train", "val"):
-        local.data.split, folder = split, getattr(local.shards, split)
-        plan = writer.plan_shards(
-            build.source(local), class_names=names, seed=0, shuffle=True, samples_per_shard=2, max_pixels=20_000
-        )
-        writer.write_plan(folder, plan)
-        for item in plan.items:
-            writer.write_shard(folder, item)
-        writer.finish(folder, plan, max_reject_share=0)
+        write_shards(local, getattr(local.shards, split), split, samples_per_shard=2)
     local.predict.input = str(root / "photos")
     Path(local.predict.input).mkdir()
     for path in sorted((root / "world").rglob("*.jpg"))[:3]:
         (root / "photos" / path.name).write_bytes(path.read_bytes())
-    student = build.segmenter(local, torch.device("cpu")).student
-    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
     with object_store() as port:
         remote = copy.deepcopy(local)
         remote.run = address(port, "runs/owls")
         for config in (local, remote):
-            info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
-            save_checkpoint(config.run, EngineState(weights, {}, {}, 0, 1.0), {}, info)
+            untrained_checkpoint(config)
             recorder = Recorder(config.run, rank=0, first_step=0)
             recorder.write("train", 1, {"loss": 1.0})
             recorder.close()

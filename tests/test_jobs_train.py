@@ -9,29 +9,20 @@ import pytest
 
 from dfa import build
 from dfa.config import load
-from dfa.data import writer
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 from dfa.train.progress import Progress
 from dfa.train.starts import read_starts
 from dfa.world.folder import write_voc
 from jobs import train
-
-
-def write_shards(config, root, **changes):
-    settings = {"seed": 0, "shuffle": True, "samples_per_shard": 4, "max_pixels": 20_000} | changes
-    plan = writer.plan_shards(build.source(config), class_names=build.class_set(config).names, **settings)
-    writer.write_plan(root, plan)
-    for item in plan.items:
-        writer.write_shard(root, item)
-    writer.finish(root, plan, max_reject_share=0)
+from tests.small_runs import write_shards
 
 
 @pytest.fixture
 def config(tmp_path):
     """A run of three steps that has a checkpoint of its last one."""
     config = load("demo", [f"run={tmp_path}/run", f"shards.train={tmp_path}/train", "train.steps=3"])
-    config.data.root, config.data.split = str(write_voc(tmp_path / "world", seed=1, num_train=6, num_val=4)), "train"
+    config.data.root = str(write_voc(tmp_path / "world", seed=1, num_train=6, num_val=4))
     write_shards(config, config.shards.train)
     num_samples = config.train.steps * config.train.batch_size
     progress = Progress([shard.num_samples for shard in build.index(config, "train").shards])

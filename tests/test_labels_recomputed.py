@@ -16,11 +16,9 @@ from pycocotools.coco import COCO
 
 from dfa import build
 from dfa.config import class_set, load
-from dfa.data import writer
 from dfa.data.shards import read_shard
-from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
-from dfa.train.objective import EngineState
 from jobs import pseudo_label
+from tests.small_runs import untrained_checkpoint, write_shards
 
 NUM_IMAGES = 8
 THRESHOLDS = (0.1, 0.2, 0.4)
@@ -108,17 +106,9 @@ def labelled(request, sample_data, tmp_path_factory):
     overrides += ["label.batch_size=1"]  # as they are made again here: batched sums round differently, and ties flip
     overrides += ["label.min_confidence=0.7"] if request.param == "coco" else []
     config = load("demo", overrides)
-    names = build.class_set(config).names
-    settings = {"seed": 0, "shuffle": False, "samples_per_shard": 5, "max_pixels": 10**6}
-    plan = writer.plan_shards(build.source(config), class_names=names, **settings)
-    writer.write_plan(config.shards.train, plan)
-    for item in plan.items:
-        writer.write_shard(config.shards.train, item)
-    writer.finish(config.shards.train, plan, max_reject_share=0.5)
-    student = build.segmenter(config, torch.device("cpu")).student
-    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
-    info = CheckpointInfo(7, 0, 0, 0.25, 0, 1.0, names, build.model_description(config))
-    save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    settings = {"shuffle": False, "samples_per_shard": 5, "max_pixels": 10**6, "max_reject_share": 0.5}
+    write_shards(config, config.shards.train, **settings)
+    untrained_checkpoint(config, step=7, val_miou=0.25)
     return config, pseudo_label.work(config)
 
 

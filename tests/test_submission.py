@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dfa import build
 from dfa.config import load
-from dfa.data import writer
 from dfa.train.checkpoint import list_checkpoints, read_info
 from dfa.world.folder import write_voc
 from jobs import INTERRUPTED
+from tests.small_runs import write_shards
 from tests.standing_cluster import RAY, ROOT, StandingCluster, result_of, wait_for
 
 RUNTIME_ENV = ROOT / "cluster/runtime_env.yaml"
@@ -48,16 +47,8 @@ def data(tmp_path_factory):
     """A folder that all nodes see: shards of a few scenes, and pictures."""
     root = tmp_path_factory.mktemp("shared")
     config = load("demo", [f"data.root={write_voc(root / 'world', seed=1, num_train=8, num_val=2)}"])
-    names = build.class_set(config).names
     for split in ("train", "val"):
-        config.data.split, folder = split, str(root / split)
-        plan = writer.plan_shards(
-            build.source(config), class_names=names, seed=0, shuffle=True, samples_per_shard=4, max_pixels=20_000
-        )
-        writer.write_plan(folder, plan)
-        for item in plan.items:
-            writer.write_shard(folder, item)
-        writer.finish(folder, plan, max_reject_share=0)
+        write_shards(config, str(root / split), split)
     return root
 
 
