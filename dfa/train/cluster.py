@@ -12,6 +12,9 @@ from ray.exceptions import AuthenticationError
 ADDRESS, AUTH_MODE = "RAY_ADDRESS", "RAY_AUTH_MODE"
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _PROBE_S = 10.0
+_ATTEMPTS, _TOO_SLOW = 2, "timed out during startup"
+
+logger = logging.getLogger(__name__)
 
 
 class NoClusterError(ValueError):
@@ -35,9 +38,20 @@ def join_cluster(num_cpus: int | None = None) -> None:
         # Ray reads RAY_AUTH_MODE when it is first imported; this is how it changes its own mind later.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
+        _start_or_join(num_cpus)
     except (ConnectionError, AuthenticationError) as error:
         raise NoClusterError(f"{_explanation(named)}; {_token_advice()}") from error
+
+
+def _start_or_join(num_cpus: int | None) -> None:
+    for attempt in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(num_cpus=num_cpus, logging_level=logging.WARNING)
+            return
+        except Exception as error:  # what Ray raises here has no class of its own
+            if _TOO_SLOW not in str(error) or not attempt:
+                raise
+            logger.warning("Ray did not start within its 30 s (a busy machine): once more")
 
 
 def _answers(address: str) -> bool:
