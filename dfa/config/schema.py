@@ -296,6 +296,15 @@ class AnalyzeConfig:
 
 
 @dataclass
+class CorrelateConfig:
+    """R_ce against the drop of mIoU that coarser grids bring, for jobs/correlate (METHOD 3)."""
+
+    grids: list[int] = _listed(
+        3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
+    )  # cells along the longer side, below the patch grid's
+
+
+@dataclass
 class BlocksConfig:
     """Block-wise annotation, for jobs/blocks (METHOD 3)."""
 
@@ -337,5 +346,6 @@ class Config:
     predict: PredictConfig = field(default_factory=PredictConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    correlate: CorrelateConfig = field(default_factory=CorrelateConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
