@@ -120,7 +120,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> torch.Tensor:
     value_P = torch.tensor(values, dtype=torch.float64)
     below_P, equal_P = (compare(value_P[None, :], value_P[:, None]).sum(1) for compare in (torch.lt, torch.eq))
-    return below_P + (equal_P + 1) / 2
+    return below_P.double() + (equal_P.double() + 1) / 2
 
 
 def recommended_grid(loss_rates: Mapping[int, float], *, max_drop: float) -> int | None:
