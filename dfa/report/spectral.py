@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from dfa.report import figures
 from dfa.report.figures import Panel
 from dfa.report.page import Report, Table
@@ -12,6 +14,12 @@ _SUMMARY = (
     " along either axis of an image, and a grid of 2 nu_max + 1 cells just resolves it. R_ce is the share of the cross entropy"
     " that the band misses; the less, the less a model or an annotation on that grid loses. Foretold drops follow the line that"
     " the paper fitted to its own models: measure yours before you rely on them."
+)
+
+_GRADIENTS = (
+    "How strongly the cross entropy at one spatial frequency depends on the features at each frequency. Where a curve is highest at"
+    " its own frequency, that frequency of the prediction is made by the same frequency of the features, and truncating"
+    " features above a band costs what the loss has there."
 )
 
 
@@ -35,6 +43,25 @@ def spectral_report(found: Mapping[str, Any], *, title: str, provenance: Mapping
         provenance=provenance,
         summary=_SUMMARY,
     )
+
+
+def gradient_report(profiles: Mapping[str, Tensor], *, title: str) -> Report:
+    """Curves of `dfa.analysis.gradients.gradient_profiles`: one figure a module, one curve a frequency of the loss."""
+    panels = []
+    for name, profile_KK in profiles.items():
+        curves = {
+            f"loss at {ring}": _points(range(len(row)), (row / max(row.max(), 1e-300)).tolist())
+            for ring, row in enumerate(profile_KK)
+        }
+        png = figures.learning_curves(
+            curves,
+            title=name,
+            x_label="max(|ny|, |nx|) of the features",
+            y_label="|gradient|, of its largest",
+            log=True,
+        )
+        panels.append(Panel(f"Gradient of each frequency of the loss towards the frequencies of: {name}.", png))
+    return Report(title=title, figures=tuple(panels), summary=_GRADIENTS)
 
 
 def _curves(found: Mapping[str, Any]) -> tuple[Panel, ...]:
