@@ -34,8 +34,7 @@ def config(tmp_path_factory):
     finish(config.shards.val, plan, max_reject_share=0.0)
     student = build.segmenter(config, torch.device("cpu")).student
     with torch.no_grad():
-        student.decoder.classify.weight *= 20
-        student.decoder.classify.bias[0] += 5  # right somewhere
+        student.decoder.classify.bias[0] += 1.36  # some pixels are background then, and so right
     weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
     info = CheckpointInfo(1, 0, 0, None, 0, 1.0, names, build.model_description(config))
     save_checkpoint(Path(config.run), EngineState(weights, {}, {}, 0, 1.0), {}, info)
