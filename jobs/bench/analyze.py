@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jobs.bench.labels import _memory_bytes
+from jobs.bench.labels import memory_bytes
 from jobs.bench.measure import Result, versions
 from jobs.bench.pictures import SIZES
 
@@ -30,15 +33,17 @@ def analyze(repeats: int) -> Result:
         start_ray()
         for warm in range(2):
             _run(folder, f"warm{warm}", _FEW)
-        job_ms, read_ms, alone_ms = list[float](), list[float](), list[float]()
+        runs, read_ms, read_cpu_ms, alone_cpu_ms = list[_Run](), list[float](), list[float](), list[float]()
         for number in range(repeats):
-            job_ms.append(1000 * _run(folder, f"run{number}", _MANY).wall_s / _MANY)
-            read_ms.append(1000 * _timed(lambda: _read(folder, _MANY)) / _MANY)
-            alone_ms.append(1000 * _timed(lambda: _in_one_process(folder, _MANY)) / _MANY)
+            runs.append(_run(folder, f"run{number}", _MANY))
+            wall_ms, cpu_ms = _timed_ms(lambda: _read(folder, _MANY))
+            read_ms.append(wall_ms)
+            read_cpu_ms.append(cpu_ms)
+            alone_cpu_ms.append(_timed_ms(lambda: _in_one_process(folder, _MANY))[1])
         peaks = {count: _run(folder, f"memory{count}", count, watch_memory=True).peak_bytes for count in (_FEW, _MANY)}
-    import statistics
-
-    alone = statistics.median(read_ms) / statistics.median(alone_ms)
+    job_ms = [1000 * run.wall_s / _MANY for run in runs]
+    work_ms = statistics.median(1000 * run.work_s / _MANY for run in runs)
+    alone = statistics.median(read_cpu_ms) / statistics.median(alone_cpu_ms)
     few_mb, many_mb = peaks[_FEW] / 1e6, peaks[_MANY] / 1e6
     return Result(
         title="Spectral analysis of label pairs",
@@ -53,19 +58,31 @@ def analyze(repeats: int) -> Result:
             f"{_MANY} pairs of PNG masks ({kind}), nu_max {_NU_MAX}, 21 classes, without boundary IoU; the whole call of jobs/analyze"
             f" on {os.cpu_count()} CPUs once Ray's workers run, page and plots left out; {repeats} repeats in turn.",
             "",
-            f"In one process without Ray, reading included: **{alone:.2f}** times as fast as PIL alone reads"
-            f" ({statistics.median(alone_ms):.2f} ms a pair).",
+            f"Processor time, one thread: {statistics.median(read_cpu_ms):.2f} ms for PIL to read a pair,"
+            f" {statistics.median(alone_cpu_ms):.2f} ms for reading and sums without Ray (ratio **{alone:.2f}**), {work_ms:.2f} ms in"
+            " Ray's workers.",
             "",
             f"Memory of all processes (proportional shares, Ray's included): {many_mb:.0f} MB with {_MANY} pairs, {few_mb:.0f} MB with"
             f" {_FEW}: **{many_mb / few_mb:.2f}** times.",
         ),
-        extra={"alone": alone, "few_mb": few_mb, "many_mb": many_mb, "repeats": repeats, "wanted": 0.5},
+        extra={
+            "one_process_ratio": alone,
+            "worker_cpu_ms": work_ms,
+            "few_mb": few_mb,
+            "many_mb": many_mb,
+            "repeats": repeats,
+            "wanted": 0.5,
+        },
     )
 
 
+@dataclass(frozen=True)
 class _Run:
-    def __init__(self, wall_s: float, peak_bytes: int) -> None:
-        self.wall_s, self.peak_bytes = wall_s, peak_bytes
+    """wall_s: of the call. work_s: processor seconds of its workers. peak_bytes: 0 where memory was not watched."""
+
+    wall_s: float
+    work_s: float
+    peak_bytes: int
 
 
 def write_pairs(folder: Path, count: int) -> str:
@@ -149,7 +166,7 @@ def _run(folder: Path, output: str, count: int, *, watch_memory: bool = False) -
     def watch() -> None:
         while not stop.wait(0.2):
             with contextlib.suppress(psutil.Error):
-                peaks.append(_memory_bytes(psutil.Process()))
+                peaks.append(memory_bytes(psutil.Process()))
 
     watcher = threading.Thread(target=watch)
     if watch_memory:
@@ -157,12 +174,12 @@ def _run(folder: Path, output: str, count: int, *, watch_memory: bool = False) -
     start_s = time.perf_counter()
     target = str(folder / output)
     sums.begin(target, {})
-    stream.run(target, _parts(folder, count), _settings(), cpus=1.0)
+    done = stream.run(target, _parts(folder, count), _settings(), cpus=1.0)
     wall_s = time.perf_counter() - start_s
     stop.set()
     if watch_memory:
         watcher.join()
-    return _Run(wall_s, max(peaks))
+    return _Run(wall_s, done.work_s, max(peaks))
 
 
 def _in_one_process(folder: Path, count: int) -> None:
@@ -178,7 +195,10 @@ def _read(folder: Path, count: int) -> None:
             np.asarray(Image.open(folder / name / f"{number:06d}.png"))
 
 
-def _timed(call: Any) -> float:
-    start_s = time.perf_counter()
+def _timed_ms(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor milliseconds a pair."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start_s
+    return tuple(
+        1000 * seconds / _MANY for seconds in (time.perf_counter() - start_s, time.process_time() - start_cpu_s)
+    )  # type: ignore[return-value]
