@@ -14,7 +14,7 @@ from typing import Any
 from dfa.config import Config
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, by this name, in the entry points of submitted jobs alone
-_WRITTEN = ("run", "data.output", "label.output", "predict.output")
+_WRITTEN = ("run", "data.output", "label.output", "predict.output", "analyze.output", "blocks.output")
 _READ = (
     "data.root",
     "data.label_file",
@@ -23,6 +23,9 @@ _READ = (
     "shards.val",
     "shards.labels",
     "predict.input",
+    "analyze.prediction",
+    "analyze.truth",
+    "blocks.input",
 )
 
 

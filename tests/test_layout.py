@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["core", "data", "clip", "label", "model", "report", "train", "world", "config", "build"]
+ORDER = ["core", "data", "clip", "label", "analysis", "model", "report", "train", "world", "config", "build"]
 DOORS = {
     "ray": {
+        "dfa/analysis/stream",
         "dfa/data/stream",
         "dfa/label/factory",
         "dfa/label/slots",

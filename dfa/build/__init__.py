@@ -1,5 +1,6 @@
 """The one composition root: Config -> objects. Only this package and jobs know Config."""
 
+from dfa.build.analysis import analysis_output, analysis_pairs, analysis_settings, truncation_costs
 from dfa.build.data import class_set, index, source
 from dfa.build.labelling import (
     checkpoint,
@@ -18,6 +19,9 @@ from dfa.build.provenance import code, machine, versions
 from dfa.build.training import loop_plan, pseudo_settings, train_step
 
 __all__ = [
+    "analysis_output",
+    "analysis_pairs",
+    "analysis_settings",
     "checkpoint",
     "checkpoint_config",
     "checkpoint_segmenter",
@@ -45,5 +49,6 @@ __all__ = [
     "source",
     "train_step",
     "trained_segmenter",
+    "truncation_costs",
     "versions",
 ]

@@ -105,8 +105,28 @@ def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
         raise ValueError(f"checkpoint {folder} does not fit this configuration's decoder and affinity: {bad[:4]}")
 
 
+def decoder_of(config: Config, width: int, num_tokens: int, num_classes: int, *, grid_share: float) -> Decoder:
+    """A decoder with fresh weights on `num_tokens` token blocks of `width`; grid_share instead of decoder.grid."""
+    decoder = config.decoder
+    return Decoder(
+        num_blocks=num_tokens,
+        token_width=width,
+        num_classes=num_classes,
+        width=decoder.width,
+        depth=decoder.depth,
+        heads=decoder.heads,
+        mlp_ratio=decoder.mlp_ratio,
+        dropout=decoder.dropout,
+        normalize_tokens=decoder.normalize_tokens,
+        mixer=decoder.mixer,  # type: ignore[arg-type]
+        radius=decoder.radius,
+        drop=decoder.drop,
+        grid_share=grid_share,
+    )
+
+
 def _student(config: Config, width: int, num_tokens: int, num_attention: int, num_classes: int) -> Student:
-    decoder, affinity = config.decoder, config.affinity
+    affinity = config.affinity
     num_features = num_tokens if affinity.source == "attention+features" else 0
 
     def pair_logit(prior: Any) -> PairLogit:
@@ -119,21 +139,7 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
         )
 
     return Student(
-        Decoder(
-            num_blocks=num_tokens,
-            token_width=width,
-            num_classes=num_classes,
-            width=decoder.width,
-            depth=decoder.depth,
-            heads=decoder.heads,
-            mlp_ratio=decoder.mlp_ratio,
-            dropout=decoder.dropout,
-            normalize_tokens=decoder.normalize_tokens,
-            mixer=decoder.mixer,  # type: ignore[arg-type]
-            radius=decoder.radius,
-            drop=decoder.drop,
-            grid_share=decoder.grid,
-        ),
+        decoder_of(config, width, num_tokens, num_classes, grid_share=config.decoder.grid),
         pair_logit("low"),
         pair_logit("high"),
         source=affinity.source,  # type: ignore[arg-type]

@@ -2,7 +2,17 @@
 
 from dfa.clip.blocks import value_embedding
 from dfa.clip.encoder import Features, FrozenClip, Similarity
-from dfa.clip.models import CLIP_MEAN, CLIP_STD, PRECISIONS, build_clip, load_clip, patch_size_of, read_model_json
+from dfa.clip.models import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PRECISIONS,
+    VisionSize,
+    build_clip,
+    load_clip,
+    patch_size_of,
+    read_model_json,
+    vision_size_of,
+)
 from dfa.clip.tokenizer import WordTokenizer
 
 __all__ = [
@@ -12,10 +22,12 @@ __all__ = [
     "Features",
     "FrozenClip",
     "Similarity",
+    "VisionSize",
     "WordTokenizer",
     "build_clip",
     "load_clip",
     "patch_size_of",
     "read_model_json",
     "value_embedding",
+    "vision_size_of",
 ]

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def patch_size_of(model: str) -> int:
     """Pixels along a patch of an open_clip model, or of a model JSON, without building it."""
     config, _ = _model_config(model)
     return int(config["vision_cfg"]["patch_size"])
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    """Of a ViT tower."""
+
+    patch_size: int
+    width: int
+    layers: int
+    mlp_ratio: float
+
+
+def vision_size_of(model: str) -> VisionSize:
+    """The tower of an open_clip model, or of a model JSON, without building it."""
+    config, _ = _model_config(model)
+    vision = config["vision_cfg"]
+    return VisionSize(
+        int(vision["patch_size"]), int(vision["width"]), int(vision["layers"]), float(vision.get("mlp_ratio", 4.0))
+    )
 
 
 def load_clip(

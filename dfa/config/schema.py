@@ -278,6 +278,42 @@ class EvaluateConfig:
 
 
 @dataclass
+class AnalyzeConfig:
+    """Spectral analysis of predictions against ground truth, for jobs/analyze (METHOD 3)."""
+
+    prediction: str = (
+        ""  # folder of PNGs or arrays (label maps, or logits with background first), or of shards with masks
+    )
+    truth: str = ""  # likewise; "": shards.val
+    output: str = ""  # where the numbers and the page go; "": RUN/analysis/NAME of the predictions
+    nu_max: int = _number(32, 1, 2048)  # highest band, cycles per image; resolves grids up to 2 nu_max + 1
+    grids: list[int] = _listed(129, 97, 81, 65, 49, 33, 17, 13, 9, 5)  # cells along an axis, for the tables
+    max_drop: float = _number(0.05, 0.0, 1.0)  # relative drop of mIoU that the recommended grid may cost
+    epsilon: float = _number(0.0, 0.0, 0.999)  # error rate that label maps without logits stand for; 0: their own
+    boundary: bool = False  # also boundary IoU, at several times the cost
+    pairs_per_part: int = _number(64, 1, 100_000)  # pairs that are committed together
+    cpus: float = _number(1.0, 0.01, 1_024.0)  # CPUs that one task reserves
+
+
+@dataclass
+class CorrelateConfig:
+    """R_ce against the drop of mIoU that coarser grids bring, for jobs/correlate (METHOD 3)."""
+
+    grids: list[int] = _listed(
+        3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
+    )  # cells along the longer side, below the patch grid's
+
+
+@dataclass
+class BlocksConfig:
+    """Block-wise annotation, for jobs/blocks (METHOD 3)."""
+
+    input: str = ""  # folder of PNG masks, or image shards with masks; "": shards.train
+    grid: int = _number(33, 1, 4096)  # blocks along each axis, 2 nu_max + 1
+    output: str = ""  # where the masks go; "": RUN/blocks/GRID
+
+
+@dataclass
 class WorldConfig:
     """The demo's own world; unused elsewhere."""
 
@@ -309,4 +345,7 @@ class Config:
     label: LabelConfig = field(default_factory=LabelConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    correlate: CorrelateConfig = field(default_factory=CorrelateConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
     world: WorldConfig = field(default_factory=WorldConfig)

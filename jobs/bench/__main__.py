@@ -17,6 +17,7 @@ from jobs.bench.measure import hardware, section_text, write_section
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
 MODES = (
+    "analyze",
     "cam",
     "classes",
     "crf",

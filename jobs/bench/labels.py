@@ -99,7 +99,7 @@ def run_factory(folder: Path, count: int, *, watch_memory: bool = False) -> Fact
 
     def watch() -> None:
         while not stop.wait(1.0):
-            peaks.append(_memory_bytes(psutil.Process()))
+            peaks.append(memory_bytes(psutil.Process()))
 
     watcher = threading.Thread(target=watch)
     if watch_memory:
@@ -151,7 +151,7 @@ def _processor_s(root: Any) -> float:
     return total
 
 
-def _memory_bytes(root: Any) -> int:
+def memory_bytes(root: Any) -> int:
     """Proportional memory of a process and all below it."""
     import psutil
 

@@ -35,6 +35,18 @@ def deeplab_decoder_flops(grid: int, *, num_classes: int) -> int:
     return 2 * grid**2 * deeplab_decoder_macs(num_classes)
 
 
+def vit_flops(num_patches: int, *, patch_size: int, width: int, layers: int, mlp_ratio: float) -> float:
+    """A ViT's tower on one image: patch embedding, then each block's four projections, its two products of attention over
+    patches and class token, and its MLP.
+
+    >>> round(vit_flops(196, patch_size=16, width=768, layers=12, mlp_ratio=4.0) / 1e9, 1)
+    35.1
+    """
+    tokens = num_patches + 1
+    block = tokens * width**2 * (4 + 2 * mlp_ratio) + 2 * tokens**2 * width
+    return 2 * (num_patches * 3 * patch_size**2 * width + layers * block)
+
+
 def truncated_flops(encoder: float, decoder: float, *, grid: int, full_grid: int) -> float:
     """`encoder + decoder (grid / full_grid)^2`: what the paper's table 2 counts for convolutional decoders."""
     return encoder + decoder * (grid / full_grid) ** 2
@@ -87,6 +99,28 @@ def best_grid(flops: Mapping[int, float], miou: Mapping[int, float]) -> int:
     if not flops or flops.keys() != miou.keys():
         raise ValueError(f"FLOPs of the grids {sorted(flops)} and mIoU of {sorted(miou)} do not fit together")
     return min(sorted(flops, reverse=True), key=lambda grid: flops_per_iou(flops[grid], miou[grid]))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation: Pearson's of the ranks, ties with their mean rank; NaN where either is constant.
+
+    Raises:
+        ValueError: lengths that differ, or fewer than two points.
+    """
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(
+            f"a rank correlation needs two equally long lists of at least two numbers, got {len(x)} and {len(y)}"
+        )
+    ranks_2P = torch.stack([_ranks(each) for each in (x, y)])
+    centred_2P = ranks_2P - ranks_2P.mean(1, keepdim=True)
+    spread = float(centred_2P.square().sum(1).prod().sqrt())
+    return float(centred_2P.prod(0).sum()) / spread if spread else nan
+
+
+def _ranks(values: Sequence[float]) -> torch.Tensor:
+    value_P = torch.tensor(values, dtype=torch.float64)
+    below_P, equal_P = (compare(value_P[None, :], value_P[:, None]).sum(1) for compare in (torch.lt, torch.eq))
+    return below_P.double() + (equal_P.double() + 1) / 2
 
 
 def recommended_grid(loss_rates: Mapping[int, float], *, max_drop: float) -> int | None:

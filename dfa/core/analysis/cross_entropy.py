@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfa.core.spectrum import band_products, transform
+from dfa.core.spectrum import band_products, distance_from_zero, transform
 
 VOID = 255
 
@@ -117,14 +117,17 @@ def mean_magnitude(maps_BCHW: Tensor, *, nu_max: int) -> Tensor:
     height, width = maps_BCHW.shape[-2:]
     if nu_max > min(height, width) // 2:
         raise ValueError(f"nu_max {nu_max} exceeds half of the shorter side of {height} x {width}")
-    magnitude_HW = transform(maps_BCHW).abs().double().flatten(0, -3).mean(0)
-    place = torch.arange(max(height, width))
-    ring_HW = torch.maximum(
-        *torch.meshgrid(*(torch.minimum(place[:n], n - place[:n]) for n in (height, width)), indexing="ij")
-    )
-    ring_P, magnitude_P = ring_HW.flatten(), magnitude_HW.flatten().cpu()
-    sums, counts = torch.bincount(ring_P, weights=magnitude_P), torch.bincount(ring_P)
-    return (sums / counts)[: nu_max + 1]
+    return ring_means(transform(maps_BCHW), nu_max=nu_max)
+
+
+def ring_means(spectrum_BHW: Tensor, *, nu_max: int) -> Tensor:
+    """`|x(nu)|` of spectra in fftfreq order, averaged over leading axes and each ring `max(|nx|, |ny|) = k`, k = 0..nu_max: fp64."""
+    height, width = spectrum_BHW.shape[-2:]
+    magnitude_HW = spectrum_BHW.abs().double().reshape(-1, height, width).mean(0)
+    distances = (distance_from_zero(size, device=magnitude_HW.device) for size in (height, width))
+    ring_P = torch.maximum(*torch.meshgrid(*distances, indexing="ij")).flatten()
+    sums, counts = torch.bincount(ring_P, weights=magnitude_HW.flatten()), torch.bincount(ring_P)
+    return (sums / counts)[: nu_max + 1].cpu()
 
 
 def _check_sizes(logits_BCHW: Tensor, target_BHW: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfa.core.analysis.cross_entropy import VOID, CrossEntropySums
 from dfa.core.analysis.overlap import Overlap, boundary_labels, boundary_width
-from dfa.core.spectrum import label_spectrum, square_products
+from dfa.core.spectrum import joint_runs, run_products
 
 _VALUES = VOID + 1
 
@@ -97,7 +97,7 @@ def label_sums(
 ) -> LabelSums:
     """The sums of one pair, uint8 maps of one size: 0 background, 1..C classes, 255 void in either.
 
-    Only classes that both maps hold have spectra, made from runs of equal pixels (`label_spectrum`). dtype: of the transforms;
+    Only classes that both maps hold have spectra, made from runs of equal pixels (`run_products`). dtype: of the transforms;
     float32 holds R_ce to about 1e-6.
 
     Raises:
@@ -126,31 +126,32 @@ def boundary_sums(
 def _sums_of(
     prediction_HW: Tensor, truth_HW: Tensor, *, num_classes: int, nu_max: int, dtype: torch.dtype, counts_in_void: bool
 ) -> LabelSums:
-    joint_P = truth_HW.reshape(-1).to(torch.int32).mul_(_VALUES).add_(prediction_HW.reshape(-1))
-    counts_VV = torch.bincount(joint_P, minlength=_VALUES**2).view(_VALUES, _VALUES)
-    truth_V, prediction_V = counts_VV.sum(1), counts_VV.sum(0)
-    _check_values(truth_V, num_classes, "truth")
-    _check_values(prediction_V, num_classes, "prediction")
+    runs, size = joint_runs(truth_HW, prediction_HW), (truth_HW.shape[0], truth_HW.shape[1])
+    (label_R, found_R), length_R = runs.label_NR, (runs.stop_R - runs.start_R).double()
+    counted = (
+        (label_R, length_R),
+        (found_R, length_R),
+        (label_R, length_R * (label_R == found_R)),
+        (found_R, length_R * (label_R == VOID)),
+    )
+    counts = [torch.bincount(labels_R, weights=pixels_R, minlength=_VALUES) for labels_R, pixels_R in counted]
+    truth_V, prediction_V, common_V, in_void_V = torch.stack(counts).long().cpu()
+    _check_values(truth_V, prediction_V, num_classes)
     shared_C = ((truth_V > 0) & (prediction_V > 0))[:num_classes].nonzero()[:, 0]
     band_CK = torch.zeros(num_classes, nu_max + 1, dtype=torch.float64)
     if len(shared_C):
-        slot_V = torch.full((_VALUES,), len(shared_C), dtype=torch.int64, device=joint_P.device)
-        slot_V[shared_C] = torch.arange(len(shared_C), device=joint_P.device)
-        truth, prediction = (
-            label_spectrum(each, slot_V, num_slots=len(shared_C), nu_max=nu_max, dtype=dtype)
-            for each in (truth_HW, prediction_HW)
-        )
-        size = (truth_HW.shape[0], truth_HW.shape[1])
-        band_CK[shared_C.cpu()] = square_products(truth, prediction, size=size, nu_max=nu_max).cpu()
-    counted_V = prediction_V if counts_in_void else prediction_V - counts_VV[VOID]
-    truth_C, counted_C, common_C = (each[:num_classes].cpu() for each in (truth_V, counted_V, counts_VV.diagonal()))
-    return LabelSums(band_CK, truth_C, counted_C, common_C, num_images=1)
+        products = run_products(runs, shared_C.to(label_R.device), size=size, nu_max=nu_max, dtype=dtype)
+        band_CK[shared_C] = products.cpu()
+    counted_V = prediction_V if counts_in_void else prediction_V - in_void_V
+    return LabelSums(band_CK, *(each[:num_classes] for each in (truth_V, counted_V, common_V)), num_images=1)
 
 
-def _check_values(counts_V: Tensor, num_classes: int, name: str) -> None:
-    if bool(counts_V[num_classes:VOID].any()):
-        found = num_classes + int(counts_V[num_classes:VOID].nonzero()[0])
-        raise ValueError(f"{name} classes must be in [0, {num_classes - 1}] or {VOID}, got {found}")
+def _check_values(truth_V: Tensor, prediction_V: Tensor, num_classes: int) -> None:
+    if not bool((truth_V + prediction_V)[num_classes:VOID].any()):
+        return
+    for name, counts_V in (("truth", truth_V), ("prediction", prediction_V)):
+        for found in counts_V[num_classes:VOID].nonzero()[:1, 0].tolist():
+            raise ValueError(f"{name} classes must be in [0, {num_classes - 1}] or {VOID}, got {num_classes + found}")
 
 
 def _check_pair(prediction_HW: Tensor, truth_HW: Tensor) -> None:

@@ -3,7 +3,9 @@ from itertools import product
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfa.core.analysis.cost import (
     best_grid,
@@ -13,7 +15,9 @@ from dfa.core.analysis.cost import (
     fit_line,
     flops_per_iou,
     recommended_grid,
+    spearman,
     truncated_flops,
+    vit_flops,
 )
 from dfa.core.analysis.truncation import block_annotation, resize_features
 from tests.core.analysis.printed import GFLOPS, GRIDS, LOSS_RATES, SCORES
@@ -143,3 +147,37 @@ def test_features_are_resized_at_cell_centres():
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     torch.testing.assert_close(resize_features(ramp, (4, 4))[0, 0, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]))
     assert resize_features(ramp, (8, 8)) is ramp
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_correlation_equals_that_of_scipy(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, generator=generator, dtype=torch.float64)
+    y = x + seed * torch.randn(12, generator=generator, dtype=torch.float64)
+    if seed > 1:
+        x, y = x.round(), y.round()  # ties
+    assert math.isclose(spearman(x.tolist(), y.tolist()), spearmanr(x, y).statistic, rel_tol=1e-12)
+
+
+def test_rank_correlation_of_too_little_is_refused_or_undefined():
+    assert math.isnan(spearman([1, 2, 3], [5, 5, 5]))
+    for x, y in (([1], [2]), ([1, 2], [1, 2, 3])):
+        with pytest.raises(ValueError, match=f"two equally long lists .* got {len(x)} and {len(y)}"):
+            spearman(x, y)
+
+
+@pytest.mark.parametrize("mlp_ratio", [4.0, 2.0])
+def test_the_cost_of_a_vit_is_what_torch_counts(mlp_ratio):
+    width, patch_size, side, layers = 32, 8, 6, 2
+    embed = nn.Conv2d(3, width, patch_size, patch_size)
+    projections = [nn.Linear(width, width) for _ in range(4)]
+    mlp = [nn.Linear(width, int(mlp_ratio * width)), nn.Linear(int(mlp_ratio * width), width)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        patches = embed(torch.zeros(1, 3, side * patch_size, side * patch_size)).flatten(2).mT
+        x = torch.cat([patches[:, :1], patches], dim=1)
+        for _ in range(layers):
+            query, key, value = (each(x) for each in projections[:3])
+            x = projections[3](torch.bmm(torch.bmm(query, key.mT).softmax(-1), value))
+            x = mlp[1](mlp[0](x))
+    sizes = {"patch_size": patch_size, "width": width, "layers": layers, "mlp_ratio": mlp_ratio}
+    assert vit_flops(side**2, **sizes) == counter.get_total_flops()

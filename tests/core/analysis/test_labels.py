@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from dfa.core.analysis.cross_entropy import VOID, cross_entropy_sums, one_hot
 from dfa.core.analysis.labels import boundary_sums, label_sums, no_labels
 from dfa.core.analysis.overlap import boundary_pixels, boundary_width, soft_overlap
 from dfa.core.metrics import confusion_matrix, iou_per_class, mean_iou
-from dfa.core.spectrum import Band, band_spectrum, label_spectrum, low_pass
+from dfa.core.spectrum import Band, band_products, joint_runs, label_products, low_pass
 
 SIZES = [(12, 12), (15, 9), (8, 21), (9, 1), (1, 6)]
 
@@ -26,15 +27,29 @@ def blobs(size, *, classes=5, seed=0):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("nu_max", [0, 2, 4, 11])
-def test_the_spectrum_of_runs_equals_that_of_the_masks(size, nu_max):
-    _, truth = blobs(size)
-    slots = torch.full((256,), 3, dtype=torch.int64)
-    slots[torch.tensor([4, 0, 2])] = torch.arange(3)
-    found = label_spectrum(truth, slots, num_slots=3, nu_max=nu_max, dtype=torch.float64)
-    masks = torch.stack([(truth == label).double() for label in (4, 0, 2)])
-    torch.testing.assert_close(found, band_spectrum(masks, nu_max=nu_max), atol=1e-12, rtol=0)
-    single = label_spectrum(truth, slots, num_slots=3, nu_max=nu_max, dtype=torch.float32)
-    torch.testing.assert_close(single, found.to(torch.complex64), atol=1e-5, rtol=0)
+def test_the_products_of_runs_equal_those_of_the_masks(size, nu_max):
+    prediction, truth = blobs(size)
+    labels = torch.tensor([4, 0, 2])
+    found = label_products(truth, prediction, labels, nu_max=nu_max, dtype=torch.float64)
+    masks = [torch.stack([(each == label).double() for label in (4, 0, 2)]) for each in (truth, prediction)]
+    torch.testing.assert_close(found, band_products(*masks, nu_max=nu_max), atol=1e-11, rtol=0)
+    # float32 sums of at most 168 terms of size 1.
+    single = label_products(truth, prediction, labels, nu_max=nu_max, dtype=torch.float32)
+    torch.testing.assert_close(single, found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_runs_are_where_neither_map_changes(size):
+    prediction, truth = blobs(size)
+    runs, expected = joint_runs(truth, prediction), []
+    for row, pixels in enumerate(zip(truth.tolist(), prediction.tolist(), strict=True)):
+        column = 0
+        for labels, group in itertools.groupby(zip(*pixels, strict=True)):
+            length = len(list(group))
+            expected.append((row, column, column + length, *labels))
+            column += length
+    found = torch.stack([runs.row_R, runs.start_R, runs.stop_R, *runs.label_NR], dim=1)
+    assert found.tolist() == [list(each) for each in expected]
 
 
 @pytest.mark.parametrize("size", SIZES)
