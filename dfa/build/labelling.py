@@ -29,13 +29,14 @@ from dfa.label.pseudo import PseudoSettings
 from dfa.label.scoring import ImageScores, LabelSettings, model_scores, seed_scores
 from dfa.label.slots import Share
 from dfa.label.work import Scorer
-from dfa.model.inference import size_class
+from dfa.model.inference import InputSize, Merge, size_class
 from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
 from dfa.train.follow import FollowPlan
 from dfa.train.starts import RUN_NAME
 
 Labels = Sequence[tuple[int, ...]]
+_PUBLISHED_SIZE = {"square": 320, "long_side": 512}
 
 
 def crf_settings(config: Config) -> CrfSettings:
@@ -91,9 +92,18 @@ def seed_pass(config: Config, split: str, *, with_crf: bool, limit: int, output:
     return _shard_pass(config, split, "seed", folder, with_crf=with_crf, limit=limit, output=output)
 
 
-def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
-    """The trained model's masks of `train` or `val` shards, with dense CRF, into RUN/predictions."""
-    return _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output="")
+def model_pass(config: Config, split: str, *, limit: int, output: str = "") -> LabelPass:
+    """The trained model's masks of `train`, `val` or `test` shards, with dense CRF, into RUN/predictions or `output`. Masks of
+    the other CRFs of evaluate.crf_presets are counted.
+
+    Raises:
+        ValueError: an unknown preset, and what the other passes refuse.
+    """
+    found = _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output=output)
+    names = config.evaluate.crf_presets
+    if set(names) - set(PRESETS):
+        raise ValueError(f"evaluate.crf_presets is {names}, allowed are {', '.join(PRESETS)}")
+    return replace(found, settings=replace(found.settings, other_crfs=tuple(PRESETS[name] for name in names)))
 
 
 def label_facts(config: Config) -> dict[str, str]:
@@ -104,11 +114,14 @@ def label_facts(config: Config) -> dict[str, str]:
     unary = (
         f"CAM ({config.cam.generator})" if from_cam else "model, " + ("restricted" if label.restrict else "all classes")
     )
-    scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
+    evaluate = config.evaluate
+    scales = evaluate.cam_scales if from_cam else evaluate.scales
+    seen = _input_size(config)
+    size = "" if seen.kind == "native" else f", {seen.kind} {seen.pixels}"
     return {
         "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
         "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
-        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if config.evaluate.flip else ''}",
+        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if evaluate.flip else ''}, {evaluate.merge}{size}",
         "CRF": f"preset {config.crf.preset}",
         "class list": f"{Path(config.data.classes).name}, {len(classes.names)} classes",
     }
@@ -192,6 +205,8 @@ def _pass(
     decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
     if scorer != "predict":
         decisive += [model_description(config)]
+    if (config.evaluate.merge, config.evaluate.input) != ("mean", "native"):
+        decisive += [config.evaluate.merge, _input_size(config)]
     if from_cam:
         decisive += [config.cam, _label_pseudo_settings(config), label.compare_model, class_set(config)]
     else:
@@ -213,9 +228,23 @@ def _pass(
         ),
         hash=configuration.digest(*decisive),
         max_pixels=config.data.max_pixels,
-        size_class=partial(size_class, scales=tuple(scales), multiple_of=patch_size(clip.model)),
+        size_class=partial(
+            size_class,
+            scales=tuple(scales),
+            multiple_of=patch_size(clip.model),
+            input_size=_input_size(config),
+        ),
         limit=limit,
     )
+
+
+def _input_size(config: Config) -> InputSize:
+    evaluate: Any = config.evaluate
+    return InputSize(evaluate.input, evaluate.input_size or _PUBLISHED_SIZE.get(evaluate.input, 0))
+
+
+def _merge(config: Config) -> Merge:
+    return "max" if config.evaluate.merge == "max" else "logits"
 
 
 def _label_pseudo_settings(config: Config) -> PseudoSettings:
@@ -251,6 +280,8 @@ def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor]
         scales=config.evaluate.cam_scales,
         flip=config.evaluate.flip,
         with_model=config.label.compare_model,
+        merge=_merge(config),
+        input_size=_input_size(config),
     )
     settings, scores = _label_pseudo_settings(config), list[ImageScores]()
     for seeds in found:
@@ -266,7 +297,13 @@ def _model(
     built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels, *, restrict: bool
 ) -> list[ImageScores]:
     groups = _equal_sizes(images, built.bank_KE.device)
-    found = built.logits_together(groups, scales=config.evaluate.scales, flip=config.evaluate.flip)
+    found = built.logits_together(
+        groups,
+        scales=config.evaluate.scales,
+        flip=config.evaluate.flip,
+        merge=_merge(config),
+        input_size=_input_size(config),
+    )
     scores, start = list[ImageScores](), 0
     for logits_BCHW in found:
         part = labels[start : start + len(logits_BCHW)] if restrict else None

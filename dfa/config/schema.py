@@ -43,10 +43,11 @@ class DataConfig:
 
 @dataclass
 class ShardsConfig:
-    """Where the shards of the two splits are (each folder made by jobs/shard)."""
+    """Where the shards of the splits are (each folder made by jobs/shard)."""
 
     train: str = ""
     val: str = ""
+    test: str = ""  # images without ground truth, for a test server; no labels are needed either
     labels: str = ""  # loss.supervision=labels: a folder that jobs/pseudo_label wrote for the train shards, or follows
 
 
@@ -267,7 +268,13 @@ class PredictConfig:
 class EvaluateConfig:
     """Inference and scoring (METHOD 1.22, section 5)."""
 
-    parts: list[str] = _listed("seed", "mask", "val")
+    parts: list[str] = _listed("seed", "mask", "val")  # and test: an archive for a test server, never scored here
+    name: str = ""  # of these settings: masks go to RUN/evaluate/NAME, the result to RUN/evaluate/NAME.json
+    input: str = _choice("native", "native", "square", "long_side")  # the size of an image at scale 1
+    input_size: int = _number(0, 0, 8192)  # pixels of square or long_side; 0: 320 and 512, the published ones
+    merge: str = _choice("mean", "mean", "max")  # of scales and mirrored copies, for logits and CAMs
+    crf_presets: list[str] = _listed()  # val is scored with these too, from the same forward passes
+    competition: str = _choice("comp6", "comp5", "comp6")  # VOC's test server; comp5: nothing but VOC's data was used
     scales: list[float] = _listed(1.0, 1.2, 1.5)
     cam_scales: list[float] = _listed(1.0)
     flip: bool = True

@@ -10,7 +10,7 @@ from dfa.clip import Features, FrozenClip, Similarity
 from dfa.core.affinity import symmetric_affinity
 from dfa.label.pseudo import gather_present, present_classes, to_grid
 from dfa.label.seed import Affinities, Seeds, SeedSettings, make_seeds
-from dfa.model.inference import predict_together
+from dfa.model.inference import NATIVE, InputSize, Merge, predict_together
 from dfa.model.student import Student
 
 # Patches that a processor encodes at once. More are no faster, and memory that the system has to hand out anew each time makes
@@ -117,12 +117,18 @@ class Segmenter:
         scales: Sequence[float],
         flip: bool,
         with_model: bool,
+        merge: Merge = "logits",
+        input_size: InputSize = NATIVE,
     ) -> list[PixelSeeds]:
         """`pixel_seeds` of images of several sizes in the same forward passes (see `inference.size_class`).
 
         groups: B_g x 3 x H_g x W_g each; labels_BC: of all images, group after group. with_model: the model's logits at
-        these scales too, from the same passes.
+        these scales too, from the same passes. merge: `logits` for the mean of the maps, or `max`.
+
+        Raises ValueError for the merge `probabilities`: maps are none.
         """
+        if merge == "probabilities":
+            raise ValueError("seeds are merged by their mean (logits) or max, not as probabilities")
         class_BM = present_classes(labels_BC)
         num_slots = class_BM.shape[1]
 
@@ -137,7 +143,13 @@ class Segmenter:
             return torch.cat([maps_BMhw, self.student.segment(features.tokens_BLND, features.grid).float()], dim=1)
 
         merged = predict_together(
-            groups, scales=scales, flip=flip, forward=self._in_parts(maps), multiple_of=self.patch_size, merge="logits"
+            groups,
+            scales=scales,
+            flip=flip,
+            forward=self._in_parts(maps),
+            multiple_of=self.patch_size,
+            merge=merge,
+            input_size=input_size,
         )
         parts = class_BM.split([len(group) for group in groups])
         return [
@@ -156,7 +168,15 @@ class Segmenter:
         return self.logits_together([image_B3HW], scales=scales, flip=flip)[0]
 
     @torch.no_grad()
-    def logits_together(self, groups: Sequence[Tensor], *, scales: Sequence[float], flip: bool) -> list[Tensor]:
+    def logits_together(
+        self,
+        groups: Sequence[Tensor],
+        *,
+        scales: Sequence[float],
+        flip: bool,
+        merge: Merge = "logits",
+        input_size: InputSize = NATIVE,
+    ) -> list[Tensor]:
         """`logits` of images of several sizes in the same forward passes: B_g x 3 x H_g x W_g each."""
 
         def forward(scaled_B3HW: Tensor, view: slice) -> Tensor:
@@ -169,7 +189,8 @@ class Segmenter:
             flip=flip,
             forward=self._in_parts(forward),
             multiple_of=self.patch_size,
-            merge="logits",
+            merge=merge,
+            input_size=input_size,
         )
 
     def _each_affinities(self, features: Features) -> Iterator[Affinities]:
