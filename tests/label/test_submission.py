@@ -47,6 +47,7 @@ def test_the_same_labels_give_the_same_archive(root, tmp_path):
     for address in (first, second):
         export_submission(root, address, competition="comp6")
     assert storage.read_bytes(first) == storage.read_bytes(second)
+    assert storage.read_bytes(first)[3:8] == bytes(5)  # RFC 1952: no name, no time
 
 
 def test_what_the_server_would_count_as_wrong_is_refused(root, tmp_path):
