@@ -31,7 +31,7 @@ from dfa.label.slots import Share
 from dfa.label.work import Scorer
 from dfa.model.inference import InputSize, Merge, size_class
 from dfa.model.segmenter import Segmenter
-from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
+from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info, uses_average
 from dfa.train.follow import FollowPlan
 from dfa.train.starts import RUN_NAME
 
@@ -118,8 +118,9 @@ def label_facts(config: Config) -> dict[str, str]:
     scales = evaluate.cam_scales if from_cam else evaluate.scales
     seen = _input_size(config)
     size = "" if seen.kind == "native" else f", {seen.kind} {seen.pixels}"
+    averaged = ", averaged weights" if uses_average(folder, label.weights) else ""  # type: ignore[arg-type]
     return {
-        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
+        "checkpoint": f"step {info.step}{averaged}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
         "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
         "unary": f"{unary}, scales {list(scales)}{', mirrored too' if evaluate.flip else ''}, {evaluate.merge}{size}",
         "CRF": f"preset {config.crf.preset}",
@@ -196,15 +197,17 @@ def _pass(
     limit: int,
     clip: ClipConfig,
 ) -> LabelPass:
-    label, from_cam = config.label, scorer == "seed"
+    label, from_cam, folder = config.label, scorer == "seed", _checkpoint(config)
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
     weights = Path(beside_conf(clip.checkpoint))
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
-    decisive += [images.class_names, sha256_of(storage.join(_checkpoint(config), STATE_NAME))]
+    decisive += [images.class_names, sha256_of(storage.join(folder, STATE_NAME))]
     decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
     if scorer != "predict":
         decisive += [model_description(config)]
+    if uses_average(folder, label.weights):  # type: ignore[arg-type]
+        decisive += ["average"]
     if (config.evaluate.merge, config.evaluate.input) != ("mean", "native"):
         decisive += [config.evaluate.merge, _input_size(config)]
     if from_cam:
@@ -256,7 +259,9 @@ def _scorer_maker(config: Config, folder: str, scorers: Collection[str]) -> Call
     def make() -> Mapping[str, Scorer]:
         on_device = device(config)
         if "predict" in scorers:
-            return {"predict": partial(_model, checkpoint_segmenter(folder, on_device), config, restrict=False)}
+            kind: Any = config.label.weights
+            predicting = checkpoint_segmenter(folder, on_device, kind=kind)
+            return {"predict": partial(_model, predicting, config, restrict=False)}
         built = trained_segmenter(config, on_device, storage.base_name(folder))
         return {
             "seed": partial(seed_images, built, config),

@@ -15,7 +15,7 @@ from dfa.label.seed import SeedSettings
 from dfa.model.decoder import Decoder
 from dfa.model.segmenter import EncoderSettings, Segmenter
 from dfa.model.student import Student
-from dfa.train.checkpoint import find_checkpoint, load_weights
+from dfa.train.checkpoint import WeightKind, find_checkpoint, load_weights
 
 
 def device(config: Config) -> torch.device:
@@ -77,20 +77,23 @@ def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_cla
 
 
 def trained_segmenter(config: Config, device: torch.device, which: str = "best") -> Segmenter:
-    """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number."""
+    """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number; label.weights says which of its
+    weights."""
     built = segmenter(config, device)
-    load_student(built, find_checkpoint(config.run, which), class_names=class_set(config).names)
+    folder, weights = find_checkpoint(config.run, which), config.label.weights
+    load_student(built, folder, class_names=class_set(config).names, kind=weights)  # type: ignore[arg-type]
     return built
 
 
-def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str]) -> None:
+def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str], kind: WeightKind = "auto") -> None:
     """Give the segmenter the student of a checkpoint folder, for inference.
 
     Raises:
         CorruptCheckpointError: unreadable or changed files.
-        ValueError: other classes than `class_names`, or weights of another decoder or affinity.
+        ValueError: other classes than `class_names`, weights of another decoder or affinity, or no average where
+            `kind` asks for it.
     """
-    weights, _ = load_weights(folder, class_names=class_names)
+    weights, _ = load_weights(folder, class_names=class_names, kind=kind)
     # What else an objective trains, such as FFR's second head, serves training alone.
     own = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     _check_fit(own, built.student.state_dict(), folder)

@@ -192,6 +192,7 @@ class TrainConfig:
     warmup_steps: int = _number(50, 0, 1_000_000)
     decay_power: float = _number(1.0, 0.0, 10.0)
     clip_norm: float = _number(1.0, 0.0, 1e6)  # 0: no clipping
+    ema_decay: float = _number(0.0, 0.0, 0.999999)  # moving average of the weights, kept beside them; 0: none
     precision: str = _choice("fp32", "fp32", "bf16", "fp16")
     engine: str = _choice("auto", "auto", "deepspeed", "torch")  # auto: DeepSpeed where it is installed
     zero_stage: int = _choice(1, 0, 1, 2)
@@ -227,6 +228,7 @@ class LabelConfig:
 
     split: str = _choice("train", "train", "val")  # what jobs/pseudo_label labels
     checkpoint: str = "best"  # best, latest or a step
+    weights: str = _choice("auto", "auto", "trained", "average")  # auto: the average where train.ema_decay kept one
     unary: str = _choice("cam", "cam", "model")  # what the CRF starts from in jobs/pseudo_label
     restrict: bool = True  # unary model: only classes that the image-level labels name
     unlabelled: str = _choice("background", "background", "skip")  # images without labels
