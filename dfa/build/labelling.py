@@ -199,11 +199,11 @@ def _pass(
 ) -> LabelPass:
     label, from_cam, folder = config.label, scorer == "seed", _checkpoint(config)
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
-    weights = Path(beside_conf(clip.checkpoint))
+    files = [clip.checkpoint, *([config.affinity.encoder_checkpoint] if from_cam and config.affinity.encoder else [])]
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
     decisive += [images.class_names, sha256_of(storage.join(folder, STATE_NAME))]
-    decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
+    decisive += [sha256_of(beside_conf(each)) if Path(beside_conf(each)).is_file() else each for each in files]
     if scorer != "predict":
         decisive += [model_description(config)]
     if uses_average(folder, label.weights):  # type: ignore[arg-type]

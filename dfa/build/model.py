@@ -1,5 +1,6 @@
 """The frozen encoder, and the segmenter around it."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from dfa import config as configuration
 from dfa.build.data import class_set
 from dfa.clip import FrozenClip, load_clip, patch_size_of
+from dfa.clip.encoder import SecondEncoder
 from dfa.config import Config
 from dfa.core.affinity import PairLogit
 from dfa.label.seed import SeedSettings
@@ -53,11 +55,42 @@ def segmenter(config: Config, device: torch.device) -> Segmenter:
     """Frozen CLIP, text bank and a student with fresh weights (drawn from train.seed)."""
     clip, classes = encoder(config, device), class_set(config)
     bank_KE = clip.text_bank([*classes.prompts, *((text,) for text in classes.background)], classes.templates)
-    return assemble(config, clip, bank_KE, num_classes=len(classes.names))
+    second = second_encoder(config, device)
+    return assemble(config, clip, bank_KE, num_classes=len(classes.names), second=second)
 
 
-def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_classes: int) -> Segmenter:
-    """A CLIP, a text bank (of no column where no CAM is wanted) and a student with fresh weights."""
+def second_encoder(config: Config, device: torch.device) -> SecondEncoder | None:
+    """The encoder that affinity.encoder names, None where it names none.
+
+    Raises:
+        ValueError: timm is not installed, no such ViT, weights that are not there or do not fit.
+    """
+    affinity = config.affinity
+    if not affinity.encoder:
+        return None
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"affinity.encoder={affinity.encoder} needs timm (pip install timm)")
+    from dfa.clip.second import load_vit
+
+    return load_vit(
+        affinity.encoder,
+        beside_conf(affinity.encoder_checkpoint),
+        num_blocks=affinity.encoder_blocks,
+        device=device,
+        precision=config.clip.precision,
+    )
+
+
+def assemble(
+    config: Config,
+    clip: FrozenClip,
+    bank_KE: torch.Tensor,
+    *,
+    num_classes: int,
+    second: SecondEncoder | None = None,
+) -> Segmenter:
+    """A CLIP, a text bank (of no column where no CAM is wanted), a student with fresh weights, and the second encoder (None where no
+    affinity is wanted)."""
     blocks, settings = clip.num_blocks, config.clip
     token_blocks = tuple(range(settings.token_blocks or max(1, blocks - 1)))
     attention_blocks = tuple(range(max(0, blocks - settings.attention_blocks), blocks))
@@ -73,6 +106,7 @@ def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_cla
         encoder=EncoderSettings(token_blocks, attention_blocks, settings.similarity, settings.surgery_blocks),  # type: ignore[arg-type]
         seed=_seed_settings(config, clip),
         sinkhorn_rounds=config.affinity.sinkhorn_rounds,
+        second=second,
     )
 
 
@@ -111,6 +145,7 @@ def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
 def _student(config: Config, width: int, num_tokens: int, num_attention: int, num_classes: int) -> Student:
     decoder, affinity = config.decoder, config.affinity
     num_features = num_tokens if affinity.source == "attention+features" else 0
+    num_features += affinity.encoder_blocks if affinity.encoder else 0
 
     def pair_logit(prior: Any) -> PairLogit:
         return PairLogit(

@@ -10,7 +10,7 @@ layers (0.98 of the speed, and half a minute at the start) and channels-last ima
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class Features:
     similarity_BNK, class_similarity_BK: cosine of patches, and of the class embedding, with the text bank, fp32; K is
         0 without a bank.
     grid: (h, w) in patches, N = h * w, row-major.
+    second_BMNE: tokens of a second encoder on the same grid, or None; whoever holds one puts them in.
     """
 
     tokens_BLND: Tensor
@@ -49,6 +50,15 @@ class Features:
     similarity_BNK: Tensor
     class_similarity_BK: Tensor
     grid: tuple[int, int]
+    second_BMNE: Tensor | None = None
+
+
+class SecondEncoder(Protocol):
+    """What stands beside CLIP, see `dfa.clip.second`."""
+
+    def tokens(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens B x M x N x E of the images' patches on a grid (h, w), N = h * w."""
+        ...
 
 
 class FrozenClip:

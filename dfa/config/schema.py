@@ -84,6 +84,9 @@ class AffinityConfig:
     hidden: int = _number(16, 1, 1024)
     clip: float = _number(5.0, 0.1, 50.0)
     sinkhorn_rounds: int = _number(3, 0, 100)
+    encoder: str = ""  # timm name of a second frozen ViT whose token cosines are channels too; "": none
+    encoder_checkpoint: str = "pretrained"  # timm's own weights, path of a weight file, or "random"
+    encoder_blocks: int = _number(1, 1, 64)  # its last n blocks, one channel each
 
 
 @dataclass
