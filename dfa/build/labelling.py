@@ -10,7 +10,14 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set, index
-from dfa.build.model import beside_conf, device, model_description, patch_size, trained_segmenter
+from dfa.build.model import (
+    beside_conf,
+    device,
+    model_description,
+    other_clips,
+    patch_size,
+    trained_segmenter,
+)
 from dfa.build.predicting import (
     checkpoint_config,
     checkpoint_segmenter,
@@ -199,7 +206,10 @@ def _pass(
 ) -> LabelPass:
     label, from_cam, folder = config.label, scorer == "seed", _checkpoint(config)
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
-    files = [clip.checkpoint, *([config.affinity.encoder_checkpoint] if from_cam and config.affinity.encoder else [])]
+    files = [clip.checkpoint]
+    if from_cam:
+        files += [checkpoint for _, checkpoint in other_clips(clip)]
+        files += [config.affinity.encoder_checkpoint] if config.affinity.encoder else []
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
     decisive += [images.class_names, sha256_of(storage.join(folder, STATE_NAME))]

@@ -9,9 +9,9 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set
-from dfa.clip import FrozenClip, load_clip, patch_size_of
+from dfa.clip import ClipEnsemble, FrozenClip, load_clip, patch_size_of
 from dfa.clip.encoder import SecondEncoder
-from dfa.config import Config
+from dfa.config import ClipConfig, Config
 from dfa.core.affinity import PairLogit
 from dfa.label.seed import SeedSettings
 from dfa.model.decoder import Decoder
@@ -27,17 +27,28 @@ def device(config: Config) -> torch.device:
     return torch.device("cuda" if config.train.use_gpu else "cpu")
 
 
-def encoder(config: Config, device: torch.device) -> FrozenClip:
-    """The frozen CLIP."""
+def encoder(config: Config, device: torch.device) -> FrozenClip | ClipEnsemble:
+    """The frozen CLIP, or several of them."""
     clip = config.clip
-    return load_clip(
-        beside_conf(clip.model),
-        beside_conf(clip.checkpoint),
-        device=device,
-        precision=clip.precision,
-        mean=clip.mean,
-        std=clip.std,
-    )
+    common: dict[str, Any] = {"device": device, "precision": clip.precision, "mean": clip.mean, "std": clip.std}
+    pairs = [(clip.model, clip.checkpoint), *other_clips(clip)]
+    members = [load_clip(beside_conf(model), beside_conf(checkpoint), **common) for model, checkpoint in pairs]
+    return members[0] if len(members) == 1 else ClipEnsemble(members)
+
+
+def other_clips(clip: ClipConfig) -> list[tuple[str, str]]:
+    """(model, checkpoint) of each entry of clip.others.
+
+    Raises:
+        ValueError: an entry without both.
+    """
+    pairs = [entry.rpartition("@") for entry in clip.others]
+    bad = [
+        entry for entry, (model, _, checkpoint) in zip(clip.others, pairs, strict=True) if not (model and checkpoint)
+    ]
+    if bad:
+        raise ValueError(f"clip.others has {bad[0]!r}, allowed is MODEL@CHECKPOINT, such as ViT-L-14-quickgelu@openai")
+    return [(model, checkpoint) for model, _, checkpoint in pairs]
 
 
 def beside_conf(name: str) -> str:
@@ -83,7 +94,7 @@ def second_encoder(config: Config, device: torch.device) -> SecondEncoder | None
 
 def assemble(
     config: Config,
-    clip: FrozenClip,
+    clip: FrozenClip | ClipEnsemble,
     bank_KE: torch.Tensor,
     *,
     num_classes: int,
@@ -178,7 +189,7 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
     )
 
 
-def _seed_settings(config: Config, clip: FrozenClip) -> SeedSettings:
+def _seed_settings(config: Config, clip: FrozenClip | ClipEnsemble) -> SeedSettings:
     cam: Any = config.cam
     return SeedSettings(
         generator=cam.generator,

@@ -85,6 +85,7 @@ def checkpoint_segmenter(
     """
     names = read_info(folder).class_names
     config = checkpoint_config(folder, clip_checkpoint=clip_checkpoint, clip_model=clip_model)
+    config.clip.others = []  # masks read the tokens of the first one alone
     clip = encoder(config, device)
     no_text_KE = torch.zeros(0, clip.embed_dim, device=device)
     built = assemble(config, clip, no_text_KE, num_classes=len(names))

@@ -57,6 +57,9 @@ class ClipConfig:
 
     model: str = "ViT-B-16-quickgelu"  # open_clip name, or the path of a model JSON
     checkpoint: str = "openai"  # open_clip tag, path of a weight file, or "random"
+    others: list[str] = (
+        _listed()
+    )  # MODEL@CHECKPOINT of further CLIPs, whose similarity and attention are averaged with it
     precision: str = _choice("fp32", "fp32", "bf16", "fp16")
     mean: list[float] = _listed(0.48145466, 0.4578275, 0.40821073)
     std: list[float] = _listed(0.26862954, 0.26130258, 0.27577711)

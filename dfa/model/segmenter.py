@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dfa.clip import Features, FrozenClip, Similarity
+from dfa.clip import ClipEnsemble, Features, FrozenClip, Similarity
 from dfa.clip.encoder import SecondEncoder
 from dfa.core.affinity import symmetric_affinity
 from dfa.label.pseudo import gather_present, present_classes, to_grid
@@ -57,7 +57,7 @@ class Segmenter:
 
     def __init__(
         self,
-        clip: FrozenClip,
+        clip: FrozenClip | ClipEnsemble,
         bank_KE: Tensor,
         student: Student,
         *,
