@@ -31,6 +31,7 @@ def encoder(config: Config, device: torch.device) -> FrozenClip | ClipEnsemble:
     """The frozen CLIP, or several of them."""
     clip = config.clip
     common: dict[str, Any] = {"device": device, "precision": clip.precision, "mean": clip.mean, "std": clip.std}
+    common["compiled"] = config.train.compile
     pairs = [(clip.model, clip.checkpoint), *other_clips(clip)]
     members = [load_clip(beside_conf(model), beside_conf(checkpoint), **common) for model, checkpoint in pairs]
     return members[0] if len(members) == 1 else ClipEnsemble(members)

@@ -211,6 +211,7 @@ class TrainConfig:
     max_failures: int = _number(3, 0, 1_000_000)  # failures in a row without a checkpoint between them
     collective_timeout_s: int = _number(600, 1, 86_400)  # ranks that wait so long for another one take it for hung
     use_gpu: bool = False
+    compile: bool = False  # torch.compile of CLIP's layers: no gain on a processor (0.98), on a GPU not measured
     seed: int = _number(0, 0, 2**31 - 1)
     validate_every: int = _number(2_000, 1, 100_000_000)
     validate_images: int = _number(0, 0, 100_000_000)  # the first n of the validation shards; 0: all

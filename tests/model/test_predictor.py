@@ -96,6 +96,17 @@ def test_averaged_weights_are_taken_where_there_are_any_unless_told_otherwise(co
         dfa.load(other.run, weights="average")
 
 
+def test_masks_need_none_of_the_others(config, tmp_path):
+    single = copy.deepcopy(config)
+    single.run = str(tmp_path / "single")
+    save_run(single, seed=3)
+    wanted = dfa.load(single.run, **ONE).predict(picture()).scores
+    single.run, description = str(tmp_path / "several"), build.model_description(single)
+    description["clip"]["others"] = ["conf/tiny_clip.json@gone.safetensors"]
+    save_run(single, seed=3, description=description)
+    np.testing.assert_array_equal(dfa.load(single.run, **ONE).predict(picture()).scores, wanted)
+
+
 def test_scores_are_the_softmax_of_the_segmenters_logits(config, model):
     config.label.checkpoint = "best"
     segmenter = build.trained_segmenter(config, CPU, "best")
