@@ -29,8 +29,11 @@ NUM_CLASSES = 11
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
+    return _small_run(tmp_path_factory.mktemp("labels"), per_shard=4)
+
+
+def _small_run(root, *, per_shard):
     """Six training and four validation scenes, a random CLIP and an untrained student as a checkpoint."""
-    root = tmp_path_factory.mktemp("labels")
     paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
     small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4"]
     config = load("demo", ["clip.checkpoint=random", *paths, *small])
@@ -39,7 +42,12 @@ def config(tmp_path_factory):
     for split in ("train", "val"):
         config.data.split, folder = split, getattr(config.shards, split)
         plan = writer.plan_shards(
-            build.source(config), class_names=names, seed=0, shuffle=True, samples_per_shard=4, max_pixels=20_000
+            build.source(config),
+            class_names=names,
+            seed=0,
+            shuffle=True,
+            samples_per_shard=per_shard,
+            max_pixels=20_000,
         )
         writer.write_plan(folder, plan)
         for item in plan.items:
@@ -239,6 +247,28 @@ def test_other_settings_have_a_name_of_their_own_and_a_test_set_becomes_an_archi
     miou = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
     # Rounding of batched against single products may move a pixel between two classes.
     assert result["val_miou_no_crf"] == pytest.approx(miou, abs=0.05)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_evaluation_at_all_scales_that_lost_a_part_does_that_part_again_to_the_same_bytes(tmp_path):
+    """The published protocol (three scales, mirrored, CRF) on random weights, in shards of two scenes."""
+    config = _small_run(tmp_path, per_shard=2)
+    config.evaluate.parts, config.evaluate.name, config.evaluate.scales = ["val"], "published", [1.0, 1.2, 1.5]
+    first = evaluate.work(config)
+    folder = Path(config.run) / "evaluate/published/val"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("shard-*")}
+    assert len(before) == 4
+    for lost in (folder / "shard-000001.tar", folder / "index.json"):
+        lost.unlink()  # as a kill between two shards leaves it
+    again = evaluate.work(config)
+    assert {path: path.read_bytes() for path in folder.glob("shard-*")} == {
+        path: data for path, (data, _) in before.items()
+    }
+    kept = folder / "shard-000000.tar"
+    assert kept.stat().st_mtime_ns == before[kept][1]
+    assert {key: value for key, value in again.items() if key != "seconds"} == {
+        key: value for key, value in first.items() if key != "seconds"
+    }
 
 
 @pytest.mark.parametrize(
