@@ -47,8 +47,9 @@ def work(config: Config) -> Result:
         result |= scores | {f"{split}_images": tally.num_truth}
         tables |= confusions
     result["seconds"] = round(sum(done[each.name].seconds for each in passes.values()), 2)
-    result["per_class"] = _per_class(("background", *build.class_set(config).names), tables)
-    _show(result["per_class"], tables)
+    if tables:
+        result["per_class"] = _per_class(("background", *build.class_set(config).names), tables)
+        _show(result["per_class"], tables)
     _keep(result, config)
     return result
 

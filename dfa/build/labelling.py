@@ -251,6 +251,11 @@ def _pass(
     )
 
 
+def views(config: Config) -> dict[str, Any]:
+    """How inference sees an image besides its scales, as keywords of the segmenter: evaluate.flip, merge and input."""
+    return {"flip": config.evaluate.flip, "merge": _merge(config), "input_size": _input_size(config)}
+
+
 def _input_size(config: Config) -> InputSize:
     evaluate: Any = config.evaluate
     return InputSize(evaluate.input, evaluate.input_size or _PUBLISHED_SIZE.get(evaluate.input, 0))
@@ -293,10 +298,8 @@ def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor]
         groups,
         labels_BC.to(built.bank_KE.device),
         scales=config.evaluate.cam_scales,
-        flip=config.evaluate.flip,
         with_model=config.label.compare_model,
-        merge=_merge(config),
-        input_size=_input_size(config),
+        **views(config),
     )
     settings, scores = _label_pseudo_settings(config), list[ImageScores]()
     for seeds in found:
@@ -312,13 +315,7 @@ def _model(
     built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels, *, restrict: bool
 ) -> list[ImageScores]:
     groups = _equal_sizes(images, built.bank_KE.device)
-    found = built.logits_together(
-        groups,
-        scales=config.evaluate.scales,
-        flip=config.evaluate.flip,
-        merge=_merge(config),
-        input_size=_input_size(config),
-    )
+    found = built.logits_together(groups, scales=config.evaluate.scales, **views(config))
     scores, start = list[ImageScores](), 0
     for logits_BCHW in found:
         part = labels[start : start + len(logits_BCHW)] if restrict else None
