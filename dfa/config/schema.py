@@ -265,7 +265,7 @@ class LabelConfig:
 
 @dataclass
 class PredictConfig:
-    """Masks of a trained model for any images, for jobs/predict."""
+    """Masks of a trained model for any images, for jobs/predict; they are seen as `evaluate` says."""
 
     input: str = ""  # folder of images, or of shards
     output: str = ""  # where the masks go; "": RUN/predict/NAME of the input
@@ -275,7 +275,7 @@ class PredictConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Inference and scoring (METHOD 1.22, section 5)."""
+    """Inference, for all jobs that label, and scoring (METHOD 1.22, section 5)."""
 
     parts: list[str] = _listed("seed", "mask", "val")  # and test: an archive for a test server, never scored here
     name: str = ""  # of these settings: masks go to RUN/evaluate/NAME, the result to RUN/evaluate/NAME.json
