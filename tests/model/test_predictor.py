@@ -343,7 +343,7 @@ def described(config, tmp_path):
     [
         (lambda d: d["decoder"].update(rotary=True), r"another version of dfa: decoder\.rotary is unknown here"),
         (lambda d: d["clip"].pop("mean"), r"another version of dfa: clip\.mean is missing"),
-        (lambda d: d.pop("affinity"), r"affinity\.clip is missing, .*affinity\.hidden"),
+        (lambda d: d.pop("affinity"), r"affinity\.clip is missing, affinity\.encoder is missing, .* and 3 more"),
         (lambda d: d["decoder"].update(width="wide"), r"checkpoint .*step-00000001: .*'wide'"),
         (lambda d: d["decoder"].update(width=4), r"decoder\.width is 4, allowed is 8 to 4096"),
         (lambda d: d["decoder"].update(width=64), "does not fit this configuration's decoder"),
