@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ def load(
     flip: bool = True,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
+    weights: Literal["auto", "trained", "average"] = "auto",
 ) -> "Predictor":
     """Load a trained model, ready to segment images.
 
@@ -41,6 +42,7 @@ def load(
         flip: average with the mirrored image.
         clip_checkpoint: the frozen CLIP's weight file, where it is not found under the name that training used.
         clip_model: its model JSON, likewise.
+        weights: the trained ones, their moving average, or (auto) the average where training kept one.
 
     Returns:
         A `dfa.model.predictor.Predictor`: `predict(image)`, `predict_batch(images)`, `class_names`, `palette`.
@@ -52,5 +54,11 @@ def load(
     from dfa.build.predicting import load as load_predictor  # here, so that `import dfa.core` needs torch alone
 
     return load_predictor(
-        checkpoint, device=device, scales=scales, flip=flip, clip_checkpoint=clip_checkpoint, clip_model=clip_model
+        checkpoint,
+        device=device,
+        scales=scales,
+        flip=flip,
+        clip_checkpoint=clip_checkpoint,
+        clip_model=clip_model,
+        weights=weights,
     )

@@ -1,12 +1,15 @@
 """Exact VOC mIoU of a run: `python -m jobs.evaluate CONF evaluate.parts=[seed,mask,val]`.
 
 seed: CAM on the training shards, best background threshold of a sweep. mask: CAM and dense CRF there. val: the model on
-the validation shards, several scales and mirrored, with and without CRF. What pseudo_label or an earlier run has labelled
-is not done again.
+the validation shards, several scales and mirrored, with and without CRF, and with every CRF of evaluate.crf_presets. test: the
+same on shards.test, which need no ground truth: nothing is scored, the masks become the archive that VOC's server takes. How
+images are seen is evaluate.input, scales, flip and merge. What pseudo_label or an earlier run has labelled is not done again;
+evaluate.name=NAME keeps the masks and the result of other settings apart, in RUN/evaluate/NAME and RUN/evaluate/NAME.json.
 """
 
 import json
 import logging
+import re
 
 import torch
 from torch import Tensor
@@ -18,16 +21,17 @@ from dfa.data import storage
 from dfa.label import factory
 from dfa.label.factory import LabelPass
 from dfa.label.scoring import Tally
+from dfa.label.submission import export_submission
 from dfa.train.loop import start_ray
 from jobs import Result, main, percent
 
 log = logging.getLogger("jobs.evaluate")
-PARTS = ("seed", "mask", "val")
+PARTS = ("seed", "mask", "val", "test")
 RESULT_NAME = "evaluate.json"
 
 
 def work(config: Config) -> Result:
-    """Label what is missing, score, and keep the result in RUN/evaluate.json."""
+    """Label what is missing, score, and keep the result in RUN/evaluate.json, or RUN/evaluate/NAME.json."""
     passes = _passes(config)
     plan = build.factory_plan(config, tuple(passes.values()))
     start_ray()
@@ -36,31 +40,62 @@ def work(config: Config) -> Result:
     tables: dict[str, Tensor] = {}
     for split, label_pass in passes.items():
         tally = done[label_pass.name].report.tally
-        scores, confusions = _score(split, tally, label_pass, config.evaluate.parts)
+        if split == "test":
+            result |= _submission(label_pass, config.evaluate.competition)
+            continue
+        scores, confusions = _score(split, tally, label_pass, config)
         result |= scores | {f"{split}_images": tally.num_truth}
         tables |= confusions
     result["seconds"] = round(sum(done[each.name].seconds for each in passes.values()), 2)
-    result["per_class"] = _per_class(("background", *build.class_set(config).names), tables)
-    _show(result["per_class"], tables)
-    address = storage.join(config.run, RESULT_NAME)
+    if tables:
+        result["per_class"] = _per_class(("background", *build.class_set(config).names), tables)
+        _show(result["per_class"], tables)
+    _keep(result, config)
+    return result
+
+
+def _keep(result: Result, config: Config) -> None:
+    name = config.evaluate.name
+    if name:
+        storage.make_folder(storage.join(config.run, "evaluate"))
+    address = storage.join(config.run, f"evaluate/{name}.json" if name else RESULT_NAME)
     data = (json.dumps(result, indent=1) + "\n").encode()
     storage.write_atomic(address, lambda file: file.write(data))
-    return result
 
 
 def _passes(config: Config) -> dict[str, LabelPass]:
     """The passes that the parts need: CAM once for seed and mask."""
-    parts, limit = config.evaluate.parts, config.evaluate.limit
+    parts, limit, name = config.evaluate.parts, config.evaluate.limit, config.evaluate.name
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"evaluate.parts is {parts}, allowed are one or more of {list(PARTS)}")
+    if name and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"evaluate.name is {name!r}, allowed are letters, digits and any of _ . - behind the first")
     passes: dict[str, LabelPass] = {}
     if {"seed", "mask"} & set(parts):
-        passes["train"] = build.seed_pass(config, "train", with_crf="mask" in parts, limit=limit)
-    if "val" in parts:
-        passes["val"] = build.model_pass(config, "val", limit=limit)
+        output = _output(config, "train")
+        passes["train"] = build.seed_pass(config, "train", with_crf="mask" in parts, limit=limit, output=output)
+    for split in ("val", "test"):
+        if split in parts:
+            passes[split] = build.model_pass(config, split, limit=limit, output=_output(config, split))
     for split, label_pass in passes.items():
-        _check_truth(label_pass, config, split)
+        if split != "test":
+            _check_truth(label_pass, config, split)
     return passes
+
+
+def _output(config: Config, split: str) -> str:
+    """Where the masks go; "" for where the passes put them by themselves."""
+    name, limit = config.evaluate.name, config.evaluate.limit
+    part = f"{split}_first_{limit}" if limit else split
+    return storage.join(config.run, f"evaluate/{name}/{part}") if name else ""
+
+
+def _submission(label_pass: LabelPass, competition: str) -> Result:
+    address = storage.beside(label_pass.output, f"_{competition}.tgz")
+    return {
+        "submission": address,
+        "test_images": export_submission(label_pass.output, address, competition=competition),
+    }
 
 
 def _check_truth(label_pass: LabelPass, config: Config, split: str) -> None:
@@ -77,13 +112,17 @@ def _check_truth(label_pass: LabelPass, config: Config, split: str) -> None:
         log.warning("%d of the %d images of shards.%s have a mask and are scored", num_truth, num_samples, split)
 
 
-def _score(split: str, tally: Tally, label_pass: LabelPass, parts: list[str]) -> tuple[Result, dict[str, Tensor]]:
+def _score(split: str, tally: Tally, label_pass: LabelPass, config: Config) -> tuple[Result, dict[str, Tensor]]:
     """mIoU in percent, and the confusion matrices behind them by the table's column."""
+    parts = config.evaluate.parts
+    scores: Result = {}
     if split == "val":
-        with_crf, without = mean_iou(tally.mask_CC), mean_iou(tally.argmax_CC)
-        scores = {"val_miou": percent(with_crf), "val_miou_no_crf": percent(without)}
-        return scores, {"val": tally.mask_CC, "val_no_crf": tally.argmax_CC}
-    scores, confusions = {}, {}
+        presets = config.evaluate.crf_presets
+        confusions = {"val": tally.mask_CC, "val_no_crf": tally.argmax_CC}
+        confusions |= {f"val_{preset}": each_CC for preset, each_CC in zip(presets, tally.other_PCC, strict=True)}
+        scores = {column.replace("val", "val_miou"): percent(mean_iou(each)) for column, each in confusions.items()}
+        return scores, confusions
+    confusions = {}
     if "seed" in parts:
         thresholds, sweep_TCC = label_pass.settings.thresholds, tally.sweep_TCC
         best, miou = best_threshold(sweep_TCC, thresholds=thresholds)

@@ -81,18 +81,21 @@ def _picture(name: str, example: figures.Example, names: Sequence[str]) -> Pictu
 
 
 def _example(segmenter: Segmenter, config: Config, raw: RawSample, num_classes: int) -> figures.Example:
-    scales, flip, limit = config.evaluate.scales, config.evaluate.flip, config.data.max_pixels
+    evaluate, limit, seen = config.evaluate, config.data.max_pixels, build.views(config)
     image_HW3 = decode_rgb(raw.image, max_pixels=limit)
     image_B3HW = torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)[None].to(segmenter.clip.device)
     labels_BC = torch.zeros(1, num_classes, dtype=torch.bool, device=segmenter.clip.device)
     labels_BC[0, [label - 1 for label in raw.labels]] = True
-    seeds = segmenter.pixel_seeds(image_B3HW, labels_BC, scales=config.evaluate.cam_scales, flip=flip)
+    (seeds,) = segmenter.pixel_seeds_together(
+        [image_B3HW], labels_BC, scales=evaluate.cam_scales, with_model=False, **seen
+    )
     cam_KHW = seeds.score_BMHW[0].cpu().numpy()
     background_HW = np.full(cam_KHW.shape[1:], config.cam.threshold, np.float32)
     classes = [0, *(int(each) for each in seeds.class_BM[0] if each > 0)]
     settings = build.crf_settings(config)
     pseudo_HW = crf_labels(image_HW3, np.stack([background_HW, *cam_KHW])[: len(classes)], classes, settings)
-    probability_KHW = segmenter.logits(image_B3HW, scales=scales, flip=flip)[0].softmax(0).cpu().numpy()
+    (logits_BCHW,) = segmenter.logits_together([image_B3HW], scales=evaluate.scales, **seen)
+    probability_KHW = logits_BCHW[0].softmax(0).cpu().numpy()
     likely = [
         0,
         *(k for k in range(1, len(probability_KHW)) if probability_KHW[k].max() > config.label.min_probability),

@@ -21,6 +21,7 @@ _READ = (
     "data.annotations",
     "shards.train",
     "shards.val",
+    "shards.test",
     "shards.labels",
     "predict.input",
     "analyze.prediction",

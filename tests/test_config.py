@@ -1,8 +1,69 @@
 import json
 
+import open_clip
 import pytest
 
 from dfa import config
+
+# METHOD 1.14, 1.19, 1.21, 1.22 and the papers; steps and batch differ between the data sets.
+PUBLISHED = {
+    "crop.size": 320,
+    "crop.scale_min": 0.5,
+    "crop.scale_max": 2.0,
+    "frequency.mu": 0.4,
+    "frequency.window": 9,
+    "cam.generator": "transport",
+    "cam.lambda_low": 1.0,
+    "cam.lambda_high": 0.1,
+    "decoder.width": 256,
+    "decoder.depth": 3,
+    "decoder.heads": 8,
+    "decoder.dropout": 0.1,
+    "loss.alignment": 0.1,
+    "loss.rectification": 0.2,
+    "train.learning_rate": 1e-4,
+    "train.decoder_rate_scale": 10.0,
+    "train.weight_decay": 1e-2,
+    "train.warmup_steps": 50,
+    "train.decay_power": 1.0,
+    "evaluate.scales": [1.0, 1.2, 1.5],
+    "evaluate.flip": True,
+    "evaluate.merge": "mean",
+    "evaluate.input": "native",
+    "crf.preset": "deeplab",
+    "clip.similarity": "surgery",
+    "clip.checkpoint": "openai",
+}
+RECIPES = {"voc_dfa": (30_000, 4), "coco_dfa": (80_000, 8), "voc_dfa_vitl": (30_000, 4), "coco_dfa_vitl": (80_000, 8)}
+
+
+def field(loaded, name):
+    section, _, key = name.partition(".")
+    return getattr(getattr(loaded, section), key)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_published_settings_and_spells_out_those_that_matter(name):
+    loaded, text = config.load(name), (config.CONF / f"{name}.yaml").read_text()
+    wanted = PUBLISHED | {"train.steps": RECIPES[name][0], "train.batch_size": RECIPES[name][1]}
+    if name.endswith("vitl"):
+        wanted["crop.size"] = 322
+    assert {key: field(loaded, key) for key in wanted} == wanted
+    spelled_out = [key for key in wanted if key != "evaluate.input" and f" {key.partition('.')[2]}: " not in text]
+    assert not spelled_out
+    assert all(
+        word in text for word in ("# Hardware: ", "Hours: not", "jobs.evaluate" if "vitl" not in name else "score")
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_grid_and_blocks_fit_its_encoder(name):
+    loaded = config.load(name)
+    vision = open_clip.get_model_config(loaded.clip.model)["vision_cfg"]
+    assert loaded.crop.size % vision["patch_size"] == 0
+    assert loaded.clip.attention_blocks == vision["layers"] * 8 // 12
+    assert loaded.clip.surgery_blocks == vision["layers"] * 5 // 12
+    assert loaded.clip.checkpoint in open_clip.list_pretrained_tags_by_model(loaded.clip.model)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.CONF.glob("*.yaml") if "classes" not in path.stem))

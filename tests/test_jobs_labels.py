@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -26,14 +27,17 @@ NUM_CLASSES = 11
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
+    return _small_run(tmp_path_factory.mktemp("labels"), per_shard=4)
+
+
+def _small_run(root, *, per_shard):
     """Six training and four validation scenes, a random CLIP and an untrained student as a checkpoint."""
-    root = tmp_path_factory.mktemp("labels")
     paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
     small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4"]
     config = load("demo", ["clip.checkpoint=random", *paths, *small])
     config.data.root = str(write_voc(root / "world", seed=1, num_train=6, num_val=4))
     for split in ("train", "val"):
-        write_shards(config, getattr(config.shards, split), split)
+        write_shards(config, getattr(config.shards, split), split, samples_per_shard=per_shard)
     untrained_checkpoint(config)
     return config
 
@@ -181,6 +185,83 @@ def test_followers_of_one_training_keep_their_models_apart(config):
     config.label.checkpoint = "40"
     with pytest.raises(ValueError, match=r"follows label.checkpoint=best or latest, not '40'"):
         build.follow_plan(config)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_other_settings_have_a_name_of_their_own_and_a_test_set_becomes_an_archive(config):
+    """Square input, the largest logit and two more CRFs; the validation scenes serve as a test set."""
+    run, config = Path(config.run), copy.deepcopy(config)
+    config.evaluate.parts, config.evaluate.name = ["val", "test"], "square-max"
+    config.evaluate.input, config.evaluate.input_size, config.evaluate.merge = "square", 64, "max"
+    config.evaluate.crf_presets, config.shards.test = ["wide", "deeplab"], config.shards.val
+    result = evaluate.work(config)
+    assert json.loads((run / "evaluate/square-max.json").read_text()) == result
+    folder = run / "evaluate/square-max"
+    assert result["val_miou"] == pytest.approx(_expected_miou(folder / "val", config.shards.val), abs=0.006)
+    assert result["val_miou_deeplab"] == result["val_miou"]  # the same preset twice
+    assert {"val_miou_wide", "val_miou_no_crf", "test_images"} <= result.keys() and result["test_images"] == 4
+    with tarfile.open(result["submission"]) as tar:
+        assert all(name.startswith("results/VOC2012/Segmentation/comp6_test_cls/") for name in tar.getnames())
+        pictures = {Path(each.name).stem: tar.extractfile(each).read() for each in tar}
+    kept = {one.key: one.image for path in (folder / "val").glob("*.tar") for one in read_shard(str(path))}
+    assert pictures == kept
+
+    segmenter = build.trained_segmenter(config, torch.device("cpu"))
+    expected = MulticlassConfusionMatrix(NUM_CLASSES, ignore_index=255)
+    for shard in build.index(config, "val").shards:
+        for one in read_shard(f"{config.shards.val}/{shard.name}"):
+            image = torch.from_numpy(np.array(Image.open(io.BytesIO(one.image)))).permute(2, 0, 1)[None] / 255
+            square = torch.nn.functional.interpolate(image, (64, 64), mode="bilinear", antialias=True)
+            features = [segmenter.encode(each) for each in (square, square.flip(3))]
+            views = [segmenter.student.segment(each.tokens_BLND, each.grid) for each in features]
+            views = [
+                torch.nn.functional.interpolate(each, image.shape[2:], mode="bilinear").detach()
+                for each in (views[0], views[1].flip(3))
+            ]
+            truth = torch.from_numpy(np.array(Image.open(io.BytesIO(one.mask))).astype(np.int64))
+            expected.update(torch.maximum(*views).argmax(1)[0], truth)
+    confusion = expected.compute().double()
+    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
+    miou = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+    # Rounding of batched against single products may move a pixel between two classes.
+    assert result["val_miou_no_crf"] == pytest.approx(miou, abs=0.05)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_evaluation_at_all_scales_that_lost_a_part_does_that_part_again_to_the_same_bytes(tmp_path):
+    """The published protocol (three scales, mirrored, CRF) on random weights, in shards of two scenes."""
+    config = _small_run(tmp_path, per_shard=2)
+    config.evaluate.parts, config.evaluate.name, config.evaluate.scales = ["val"], "published", [1.0, 1.2, 1.5]
+    first = evaluate.work(config)
+    folder = Path(config.run) / "evaluate/published/val"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("shard-*")}
+    assert len(before) == 4
+    for lost in (folder / "shard-000001.tar", folder / "index.json"):
+        lost.unlink()  # as a kill between two shards leaves it
+    again = evaluate.work(config)
+    assert {path: path.read_bytes() for path in folder.glob("shard-*")} == {
+        path: data for path, (data, _) in before.items()
+    }
+    kept = folder / "shard-000000.tar"
+    assert kept.stat().st_mtime_ns == before[kept][1]
+    assert {key: value for key, value in again.items() if key != "seconds"} == {
+        key: value for key, value in first.items() if key != "seconds"
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "../elsewhere", r"evaluate\.name is '\.\./elsewhere'"),
+        ("crf_presets", ["deeplap"], r"evaluate\.crf_presets is \['deeplap'\], allowed are deeplab, smooth, wide"),
+        ("parts", ["test"], r"shards\.test is empty"),
+    ],
+)
+def test_bad_evaluations_are_refused_before_anything_is_labelled(config, field, value, message):
+    config = copy.deepcopy(config)
+    setattr(config.evaluate, field, value)
+    with pytest.raises(ValueError, match=message):
+        evaluate.work(config)
 
 
 def test_shards_without_masks_and_unknown_parts_are_refused(config):

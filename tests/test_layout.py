@@ -25,6 +25,7 @@ DOORS = {
     },
     "deepspeed": {"dfa/train/engine"},
     "open_clip": {"dfa/clip", "dfa/world/pretrain", "jobs/bench/features"},
+    "timm": {"dfa/clip/second"},
     "webdataset": {"dfa/data/shards", "jobs/bench/contenders"},
     "pydensecrf": {"dfa/label/crf"},
     "matplotlib": {"dfa/report/figures"},

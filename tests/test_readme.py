@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dfa import config
 from dfa.world.folder import write_voc
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +89,20 @@ def test_the_commands_for_own_images_run_as_they_stand(tmp_path):
     ) == [f"runs/mine/predict/photos_png/{name}.png" for name in ("0", "2", "4", "trip/1", "trip/3")]
     assert predicted["num_rejects"] == 0
     assert used == {"size": [30, 40], "scores": [4, 30, 40]}
+
+
+def test_each_command_for_a_number_of_the_paper_names_a_job_and_settings_that_exist():
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## The paper's numbers\n")[2]
+        .partition("\n## ")[0]
+    )
+    table = "".join(line for line in text.splitlines(keepends=True) if line.startswith("| "))
+    found = [shlex.split(each) for each in re.findall(r"`(jobs\.[^`]*)`", table)]
+    assert len(found) >= 15
+    for job, conf, *overrides in found:
+        assert (ROOT / f"{job.replace('.', '/')}.py").is_file()
+        config.load(conf, overrides)
+    for override in re.findall(r"`(\w+\.\w+=[^`]*)`", table):
+        config.load("voc_dfa", [override])

@@ -12,6 +12,7 @@ from dfa.build.labelling import (
     model_pass,
     predict_pass,
     seed_pass,
+    views,
 )
 from dfa.build.model import device, encoder, model_description, segmenter, trained_segmenter
 from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, load, prediction_input, prediction_output
@@ -51,4 +52,5 @@ __all__ = [
     "trained_segmenter",
     "truncation_costs",
     "versions",
+    "views",
 ]

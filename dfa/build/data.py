@@ -46,7 +46,7 @@ def source(config: Config) -> Iterable[Sample | Reject]:
 
 
 def index(config: Config, split: str) -> ShardIndex:
-    """The index of the `train` or `val` shards.
+    """The index of the `train`, `val` or `test` shards.
 
     Raises:
         ValueError: the field is empty, the folder is no shard set, or its classes are not those of data.classes.

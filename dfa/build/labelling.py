@@ -10,7 +10,14 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set, index
-from dfa.build.model import beside_conf, device, model_description, patch_size, trained_segmenter
+from dfa.build.model import (
+    beside_conf,
+    device,
+    model_description,
+    other_clips,
+    patch_size,
+    trained_segmenter,
+)
 from dfa.build.predicting import (
     checkpoint_config,
     checkpoint_segmenter,
@@ -29,13 +36,14 @@ from dfa.label.pseudo import PseudoSettings
 from dfa.label.scoring import ImageScores, LabelSettings, model_scores, seed_scores
 from dfa.label.slots import Share
 from dfa.label.work import Scorer
-from dfa.model.inference import size_class
+from dfa.model.inference import InputSize, Merge, size_class
 from dfa.model.segmenter import Segmenter
-from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info
+from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info, uses_average
 from dfa.train.follow import FollowPlan
 from dfa.train.starts import RUN_NAME
 
 Labels = Sequence[tuple[int, ...]]
+_PUBLISHED_SIZE = {"square": 320, "long_side": 512}
 
 
 def crf_settings(config: Config) -> CrfSettings:
@@ -91,9 +99,18 @@ def seed_pass(config: Config, split: str, *, with_crf: bool, limit: int, output:
     return _shard_pass(config, split, "seed", folder, with_crf=with_crf, limit=limit, output=output)
 
 
-def model_pass(config: Config, split: str, *, limit: int) -> LabelPass:
-    """The trained model's masks of `train` or `val` shards, with dense CRF, into RUN/predictions."""
-    return _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output="")
+def model_pass(config: Config, split: str, *, limit: int, output: str = "") -> LabelPass:
+    """The trained model's masks of `train`, `val` or `test` shards, with dense CRF, into RUN/predictions or `output`. Masks of
+    the other CRFs of evaluate.crf_presets are counted.
+
+    Raises:
+        ValueError: an unknown preset, and what the other passes refuse.
+    """
+    found = _shard_pass(config, split, "model", "predictions", with_crf=True, limit=limit, output=output)
+    names = config.evaluate.crf_presets
+    if set(names) - set(PRESETS):
+        raise ValueError(f"evaluate.crf_presets is {names}, allowed are {', '.join(PRESETS)}")
+    return replace(found, settings=replace(found.settings, other_crfs=tuple(PRESETS[name] for name in names)))
 
 
 def label_facts(config: Config) -> dict[str, str]:
@@ -104,11 +121,15 @@ def label_facts(config: Config) -> dict[str, str]:
     unary = (
         f"CAM ({config.cam.generator})" if from_cam else "model, " + ("restricted" if label.restrict else "all classes")
     )
-    scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
+    evaluate = config.evaluate
+    scales = evaluate.cam_scales if from_cam else evaluate.scales
+    seen = _input_size(config)
+    size = "" if seen.kind == "native" else f", {seen.kind} {seen.pixels}"
+    averaged = ", averaged weights" if uses_average(folder, label.weights) else ""  # type: ignore[arg-type]
     return {
-        "checkpoint": f"step {info.step}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
+        "checkpoint": f"step {info.step}{averaged}, {score}, {STATE_NAME} {sha256_of(storage.join(folder, STATE_NAME))[:12]}",
         "encoder": f"{Path(config.clip.model).name}, {Path(config.clip.checkpoint).name}",
-        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if config.evaluate.flip else ''}",
+        "unary": f"{unary}, scales {list(scales)}{', mirrored too' if evaluate.flip else ''}, {evaluate.merge}{size}",
         "CRF": f"preset {config.crf.preset}",
         "class list": f"{Path(config.data.classes).name}, {len(classes.names)} classes",
     }
@@ -183,15 +204,22 @@ def _pass(
     limit: int,
     clip: ClipConfig,
 ) -> LabelPass:
-    label, from_cam = config.label, scorer == "seed"
+    label, from_cam, folder = config.label, scorer == "seed", _checkpoint(config)
     scales = config.evaluate.cam_scales if from_cam else config.evaluate.scales
-    weights = Path(beside_conf(clip.checkpoint))
+    files = [clip.checkpoint]
+    if from_cam:
+        files += [checkpoint for _, checkpoint in other_clips(clip)]
+        files += [config.affinity.encoder_checkpoint] if config.affinity.encoder else []
     # All that decides the labels; the checkpoint's state describes the model and holds the hashes of its weights.
     decisive: list[Any] = [scorer, scales, config.evaluate.flip, label.batch_size, label.batch_pixels]
-    decisive += [images.class_names, sha256_of(storage.join(_checkpoint(config), STATE_NAME))]
-    decisive += [sha256_of(str(weights)) if weights.is_file() else clip.checkpoint]
+    decisive += [images.class_names, sha256_of(storage.join(folder, STATE_NAME))]
+    decisive += [sha256_of(beside_conf(each)) if Path(beside_conf(each)).is_file() else each for each in files]
     if scorer != "predict":
         decisive += [model_description(config)]
+    if uses_average(folder, label.weights):  # type: ignore[arg-type]
+        decisive += ["average"]
+    if (config.evaluate.merge, config.evaluate.input) != ("mean", "native"):
+        decisive += [config.evaluate.merge, _input_size(config)]
     if from_cam:
         decisive += [config.cam, _label_pseudo_settings(config), label.compare_model, class_set(config)]
     else:
@@ -213,9 +241,28 @@ def _pass(
         ),
         hash=configuration.digest(*decisive),
         max_pixels=config.data.max_pixels,
-        size_class=partial(size_class, scales=tuple(scales), multiple_of=patch_size(clip.model)),
+        size_class=partial(
+            size_class,
+            scales=tuple(scales),
+            multiple_of=patch_size(clip.model),
+            input_size=_input_size(config),
+        ),
         limit=limit,
     )
+
+
+def views(config: Config) -> dict[str, Any]:
+    """How inference sees an image besides its scales, as keywords of the segmenter: evaluate.flip, merge and input."""
+    return {"flip": config.evaluate.flip, "merge": _merge(config), "input_size": _input_size(config)}
+
+
+def _input_size(config: Config) -> InputSize:
+    evaluate: Any = config.evaluate
+    return InputSize(evaluate.input, evaluate.input_size or _PUBLISHED_SIZE.get(evaluate.input, 0))
+
+
+def _merge(config: Config) -> Merge:
+    return "max" if config.evaluate.merge == "max" else "logits"
 
 
 def _label_pseudo_settings(config: Config) -> PseudoSettings:
@@ -227,7 +274,9 @@ def _scorer_maker(config: Config, folder: str, scorers: Collection[str]) -> Call
     def make() -> Mapping[str, Scorer]:
         on_device = device(config)
         if "predict" in scorers:
-            return {"predict": partial(_model, checkpoint_segmenter(folder, on_device), config, restrict=False)}
+            kind: Any = config.label.weights
+            predicting = checkpoint_segmenter(folder, on_device, kind=kind)
+            return {"predict": partial(_model, predicting, config, restrict=False)}
         built = trained_segmenter(config, on_device, storage.base_name(folder))
         return {
             "seed": partial(seed_images, built, config),
@@ -249,8 +298,8 @@ def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor]
         groups,
         labels_BC.to(built.bank_KE.device),
         scales=config.evaluate.cam_scales,
-        flip=config.evaluate.flip,
         with_model=config.label.compare_model,
+        **views(config),
     )
     settings, scores = _label_pseudo_settings(config), list[ImageScores]()
     for seeds in found:
@@ -266,7 +315,7 @@ def _model(
     built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels, *, restrict: bool
 ) -> list[ImageScores]:
     groups = _equal_sizes(images, built.bank_KE.device)
-    found = built.logits_together(groups, scales=config.evaluate.scales, flip=config.evaluate.flip)
+    found = built.logits_together(groups, scales=config.evaluate.scales, **views(config))
     scores, start = list[ImageScores](), 0
     for logits_BCHW in found:
         part = labels[start : start + len(logits_BCHW)] if restrict else None

@@ -1,5 +1,6 @@
 """The frozen encoder, and the segmenter around it."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set
-from dfa.clip import FrozenClip, load_clip, patch_size_of
-from dfa.config import Config
+from dfa.clip import ClipEnsemble, FrozenClip, load_clip, patch_size_of
+from dfa.clip.encoder import SecondEncoder
+from dfa.config import ClipConfig, Config
 from dfa.core.affinity import PairLogit
 from dfa.label.seed import SeedSettings
 from dfa.model.decoder import Decoder
 from dfa.model.segmenter import EncoderSettings, Segmenter
 from dfa.model.student import Student
-from dfa.train.checkpoint import find_checkpoint, load_weights
+from dfa.train.checkpoint import WeightKind, find_checkpoint, load_weights
 
 
 def device(config: Config) -> torch.device:
@@ -25,17 +27,29 @@ def device(config: Config) -> torch.device:
     return torch.device("cuda" if config.train.use_gpu else "cpu")
 
 
-def encoder(config: Config, device: torch.device) -> FrozenClip:
-    """The frozen CLIP."""
+def encoder(config: Config, device: torch.device) -> FrozenClip | ClipEnsemble:
+    """The frozen CLIP, or several of them."""
     clip = config.clip
-    return load_clip(
-        beside_conf(clip.model),
-        beside_conf(clip.checkpoint),
-        device=device,
-        precision=clip.precision,
-        mean=clip.mean,
-        std=clip.std,
-    )
+    common: dict[str, Any] = {"device": device, "precision": clip.precision, "mean": clip.mean, "std": clip.std}
+    common["compiled"] = config.train.compile
+    pairs = [(clip.model, clip.checkpoint), *other_clips(clip)]
+    members = [load_clip(beside_conf(model), beside_conf(checkpoint), **common) for model, checkpoint in pairs]
+    return members[0] if len(members) == 1 else ClipEnsemble(members)
+
+
+def other_clips(clip: ClipConfig) -> list[tuple[str, str]]:
+    """(model, checkpoint) of each entry of clip.others.
+
+    Raises:
+        ValueError: an entry without both.
+    """
+    pairs = [entry.rpartition("@") for entry in clip.others]
+    bad = [
+        entry for entry, (model, _, checkpoint) in zip(clip.others, pairs, strict=True) if not (model and checkpoint)
+    ]
+    if bad:
+        raise ValueError(f"clip.others has {bad[0]!r}, allowed is MODEL@CHECKPOINT, such as ViT-L-14-quickgelu@openai")
+    return [(model, checkpoint) for model, _, checkpoint in pairs]
 
 
 def beside_conf(name: str) -> str:
@@ -53,11 +67,42 @@ def segmenter(config: Config, device: torch.device) -> Segmenter:
     """Frozen CLIP, text bank and a student with fresh weights (drawn from train.seed)."""
     clip, classes = encoder(config, device), class_set(config)
     bank_KE = clip.text_bank([*classes.prompts, *((text,) for text in classes.background)], classes.templates)
-    return assemble(config, clip, bank_KE, num_classes=len(classes.names))
+    second = second_encoder(config, device)
+    return assemble(config, clip, bank_KE, num_classes=len(classes.names), second=second)
 
 
-def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_classes: int) -> Segmenter:
-    """A CLIP, a text bank (of no column where no CAM is wanted) and a student with fresh weights."""
+def second_encoder(config: Config, device: torch.device) -> SecondEncoder | None:
+    """The encoder that affinity.encoder names, None where it names none.
+
+    Raises:
+        ValueError: timm is not installed, no such ViT, weights that are not there or do not fit.
+    """
+    affinity = config.affinity
+    if not affinity.encoder:
+        return None
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"affinity.encoder={affinity.encoder} needs timm (pip install timm)")
+    from dfa.clip.second import load_vit
+
+    return load_vit(
+        affinity.encoder,
+        beside_conf(affinity.encoder_checkpoint),
+        num_blocks=affinity.encoder_blocks,
+        device=device,
+        precision=config.clip.precision,
+    )
+
+
+def assemble(
+    config: Config,
+    clip: FrozenClip | ClipEnsemble,
+    bank_KE: torch.Tensor,
+    *,
+    num_classes: int,
+    second: SecondEncoder | None = None,
+) -> Segmenter:
+    """A CLIP, a text bank (of no column where no CAM is wanted), a student with fresh weights, and the second encoder (None where no
+    affinity is wanted)."""
     blocks, settings = clip.num_blocks, config.clip
     token_blocks = tuple(range(settings.token_blocks or max(1, blocks - 1)))
     attention_blocks = tuple(range(max(0, blocks - settings.attention_blocks), blocks))
@@ -73,24 +118,28 @@ def assemble(config: Config, clip: FrozenClip, bank_KE: torch.Tensor, *, num_cla
         encoder=EncoderSettings(token_blocks, attention_blocks, settings.similarity, settings.surgery_blocks),  # type: ignore[arg-type]
         seed=_seed_settings(config, clip),
         sinkhorn_rounds=config.affinity.sinkhorn_rounds,
+        second=second,
     )
 
 
 def trained_segmenter(config: Config, device: torch.device, which: str = "best") -> Segmenter:
-    """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number."""
+    """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number; label.weights says which of its
+    weights."""
     built = segmenter(config, device)
-    load_student(built, find_checkpoint(config.run, which), class_names=class_set(config).names)
+    folder, weights = find_checkpoint(config.run, which), config.label.weights
+    load_student(built, folder, class_names=class_set(config).names, kind=weights)  # type: ignore[arg-type]
     return built
 
 
-def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str]) -> None:
+def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str], kind: WeightKind = "auto") -> None:
     """Give the segmenter the student of a checkpoint folder, for inference.
 
     Raises:
         CorruptCheckpointError: unreadable or changed files.
-        ValueError: other classes than `class_names`, or weights of another decoder or affinity.
+        ValueError: other classes than `class_names`, weights of another decoder or affinity, or no average where
+            `kind` asks for it.
     """
-    weights, _ = load_weights(folder, class_names=class_names)
+    weights, _ = load_weights(folder, class_names=class_names, kind=kind)
     # What else an objective trains, such as FFR's second head, serves training alone.
     own = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     _check_fit(own, built.student.state_dict(), folder)
@@ -128,6 +177,7 @@ def decoder_of(config: Config, width: int, num_tokens: int, num_classes: int, *,
 def _student(config: Config, width: int, num_tokens: int, num_attention: int, num_classes: int) -> Student:
     affinity = config.affinity
     num_features = num_tokens if affinity.source == "attention+features" else 0
+    num_features += affinity.encoder_blocks if affinity.encoder else 0
 
     def pair_logit(prior: Any) -> PairLogit:
         return PairLogit(
@@ -146,7 +196,7 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
     )
 
 
-def _seed_settings(config: Config, clip: FrozenClip) -> SeedSettings:
+def _seed_settings(config: Config, clip: FrozenClip | ClipEnsemble) -> SeedSettings:
     cam: Any = config.cam
     return SeedSettings(
         generator=cam.generator,

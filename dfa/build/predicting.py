@@ -15,7 +15,7 @@ from dfa.data.listing import ImageListing, list_images
 from dfa.data.shards import INDEX_NAME, ShardIndex, load_index
 from dfa.model.predictor import Predictor
 from dfa.model.segmenter import Segmenter
-from dfa.train.checkpoint import FOLDER, STATE_NAME, check_classes, find_checkpoint, read_info
+from dfa.train.checkpoint import FOLDER, STATE_NAME, WeightKind, check_classes, find_checkpoint, read_info
 
 _SECTIONS = ("clip", "decoder", "affinity")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -29,10 +29,13 @@ def load(
     flip: bool = True,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
+    weights: WeightKind = "auto",
 ) -> Predictor:
     """A predictor of a checkpoint; documented as `dfa.load`."""
     folder = checkpoint_folder(checkpoint)
-    built = checkpoint_segmenter(folder, torch.device(device), clip_checkpoint=clip_checkpoint, clip_model=clip_model)
+    built = checkpoint_segmenter(
+        folder, torch.device(device), clip_checkpoint=clip_checkpoint, clip_model=clip_model, kind=weights
+    )
     defaults = Config()
     return Predictor(
         built,
@@ -67,6 +70,7 @@ def checkpoint_segmenter(
     *,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
+    kind: WeightKind = "auto",
 ) -> Segmenter:
     """The segmenter that a checkpoint's own description asks for. It has no text bank: it makes logits, not seeds.
 
@@ -74,16 +78,18 @@ def checkpoint_segmenter(
         folder: of the checkpoint.
         clip_checkpoint, clip_model: where the CLIP's weights and its model JSON are now, if not where they were in
             training.
+        kind: which weights of the checkpoint.
 
     Raises:
         ValueError: as `dfa.load`.
     """
     names = read_info(folder).class_names
     config = checkpoint_config(folder, clip_checkpoint=clip_checkpoint, clip_model=clip_model)
+    config.clip.others = []  # masks read the tokens of the first one alone
     clip = encoder(config, device)
     no_text_KE = torch.zeros(0, clip.embed_dim, device=device)
     built = assemble(config, clip, no_text_KE, num_classes=len(names))
-    load_student(built, folder, class_names=names)
+    load_student(built, folder, class_names=names, kind=kind)
     return built
 
 

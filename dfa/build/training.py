@@ -128,6 +128,7 @@ def loop_plan(config: Config) -> LoopPlan:
         max_failures=train.max_failures,
         collective_timeout_s=train.collective_timeout_s,
         keep_history=train.history,
+        average_decay=train.ema_decay,
         use_gpu=train.use_gpu,
         validate_every=train.validate_every,
         checkpoint_every=train.checkpoint_every,

@@ -2,6 +2,7 @@
 
 from dfa.clip.blocks import value_embedding
 from dfa.clip.encoder import Features, FrozenClip, Similarity
+from dfa.clip.ensemble import ClipEnsemble
 from dfa.clip.models import (
     CLIP_MEAN,
     CLIP_STD,
@@ -19,6 +20,7 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "PRECISIONS",
+    "ClipEnsemble",
     "Features",
     "FrozenClip",
     "Similarity",

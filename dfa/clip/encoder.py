@@ -4,13 +4,14 @@ METHOD 1.1 (frozen encoder), 1.2 (attention without the class token) and the par
 vision tower is walked block by block here, because one pass must give tokens, attention and a second residual path. No
 gradient ever flows: `FrozenClip` is a plain object, so that assigning it inside an nn.Module registers no parameter.
 
-Left out because they did not pay on a processor (ViT-B/16, 320 px, fp32, against the pass as it is): torch.compile of a block's
-layers (0.98 of the speed, and half a minute at the start) and channels-last images (0.99). On a GPU neither was measured.
+What did not pay on a processor (ViT-B/16, 320 px, fp32, against the pass as it is): torch.compile of a block's layers (0.98 of
+the speed, and half a minute at the start), hence an option that is off; and channels-last images (0.99), left out, since a ViT has a single
+convolution, which reads each pixel once. On a GPU neither was measured.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class Features:
     similarity_BNK, class_similarity_BK: cosine of patches, and of the class embedding, with the text bank, fp32; K is
         0 without a bank.
     grid: (h, w) in patches, N = h * w, row-major.
+    second_BMNE: tokens of a second encoder on the same grid, or None; whoever holds one puts them in.
     """
 
     tokens_BLND: Tensor
@@ -49,6 +51,15 @@ class Features:
     similarity_BNK: Tensor
     class_similarity_BK: Tensor
     grid: tuple[int, int]
+    second_BMNE: Tensor | None = None
+
+
+class SecondEncoder(Protocol):
+    """What stands beside CLIP, see `dfa.clip.second`."""
+
+    def tokens(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens B x M x N x E of the images' patches on a grid (h, w), N = h * w."""
+        ...
 
 
 class FrozenClip:
@@ -62,7 +73,9 @@ class FrozenClip:
         dtype: torch.dtype,
         mean: Sequence[float],
         std: Sequence[float],
+        compiled: bool = False,
     ) -> None:
+        """compiled: torch.compile the layers that every block repeats, once for all blocks and image sizes."""
         self.clip: Any = clip.eval().requires_grad_(False)
         self.visual: Any = self.clip.visual
         _require_plain_vit(self.visual)
@@ -77,6 +90,10 @@ class FrozenClip:
         self.logit_scale = float(self.clip.logit_scale.exp())
         self._mean_3 = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std_3 = torch.tensor(std, device=self.device).view(3, 1, 1)
+        self._query_key_value, self._feed_forward = query_key_value, feed_forward
+        if compiled:
+            self._query_key_value = torch.compile(query_key_value, dynamic=True)
+            self._feed_forward = torch.compile(feed_forward, dynamic=True)
         self._positions: dict[tuple[int, int], Tensor] = {}
         self._banks: dict[tuple, Tensor] = {}
 
@@ -163,7 +180,7 @@ class FrozenClip:
         entering_BTD = second_BTD = x_BTD
         for index, block in enumerate(self.visual.transformer.resblocks[: end + 1]):
             entering_BTD = x_BTD
-            query, key, value = query_key_value(block, x_BTD)
+            query, key, value = self._query_key_value(block, x_BTD)
             if index >= first_second and bank_KE is not None:
                 start_BTD = x_BTD if index == first_second else second_BTD
                 second_BTD = start_BTD + project(block, self_attend(query, key, value))
@@ -177,7 +194,7 @@ class FrozenClip:
             else:
                 mixed_BATd = attend(query, key, value, num_rows=num_rows)
             x_BTD = x_BTD[:, :num_rows] + project(block, mixed_BATd)
-            x_BTD = x_BTD + feed_forward(block, x_BTD)
+            x_BTD = x_BTD + self._feed_forward(block, x_BTD)
             if index in token_at:
                 tokens_BLND[:, token_at[index]] = x_BTD[:, 1:]
         if bank_KE is None:

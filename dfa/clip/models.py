@@ -74,6 +74,7 @@ def load_clip(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     seed: int = 0,
+    compiled: bool = False,
 ) -> FrozenClip:
     """The frozen CLIP of a model and its weights.
 
@@ -82,6 +83,7 @@ def load_clip(
     checkpoint: a .safetensors or .pt file (a state dict, or OpenAI's TorchScript archive); an open_clip tag (`openai`),
         fetched by open_clip; or "random" for weights drawn from `seed`, which must be asked for by that name.
     precision: fp32 | bf16 | fp16 of the vision tower, whatever the file's. The text tower stays fp32: it runs once.
+    compiled: see `FrozenClip`.
 
     Raises ValueError for an unknown model, tag, precision or kind of file, for weights that do not fit the model, and for those
     trained with another activation than the model's where the tag or the file tells it; a bare state dict does not.
@@ -106,9 +108,8 @@ def load_clip(
     else:
         clip = _fetch_pretrained(model, str(checkpoint))
     clip.to(device)
-    return FrozenClip(
-        clip, tokenizer or _byte_pair_tokenizer(model, config), dtype=PRECISIONS[precision], mean=mean, std=std
-    )
+    tokenizer = tokenizer or _byte_pair_tokenizer(model, config)
+    return FrozenClip(clip, tokenizer, dtype=PRECISIONS[precision], mean=mean, std=std, compiled=compiled)
 
 
 def _model_config(model: str) -> tuple[dict[str, Any], WordTokenizer | None]:

@@ -43,10 +43,11 @@ class DataConfig:
 
 @dataclass
 class ShardsConfig:
-    """Where the shards of the two splits are (each folder made by jobs/shard)."""
+    """Where the shards of the splits are (each folder made by jobs/shard)."""
 
     train: str = ""
     val: str = ""
+    test: str = ""  # images without ground truth, for a test server; no labels are needed either
     labels: str = ""  # loss.supervision=labels: a folder that jobs/pseudo_label wrote for the train shards, or follows
 
 
@@ -56,6 +57,9 @@ class ClipConfig:
 
     model: str = "ViT-B-16-quickgelu"  # open_clip name, or the path of a model JSON
     checkpoint: str = "openai"  # open_clip tag, path of a weight file, or "random"
+    others: list[str] = (
+        _listed()
+    )  # MODEL@CHECKPOINT of further CLIPs, whose similarity and attention are averaged with it
     precision: str = _choice("fp32", "fp32", "bf16", "fp16")
     mean: list[float] = _listed(0.48145466, 0.4578275, 0.40821073)
     std: list[float] = _listed(0.26862954, 0.26130258, 0.27577711)
@@ -83,6 +87,9 @@ class AffinityConfig:
     hidden: int = _number(16, 1, 1024)
     clip: float = _number(5.0, 0.1, 50.0)
     sinkhorn_rounds: int = _number(3, 0, 100)
+    encoder: str = ""  # timm name of a second frozen ViT whose token cosines are channels too; "": none
+    encoder_checkpoint: str = "pretrained"  # timm's own weights, path of a weight file, or "random"
+    encoder_blocks: int = _number(1, 1, 64)  # its last n blocks, one channel each
 
 
 @dataclass
@@ -191,6 +198,7 @@ class TrainConfig:
     warmup_steps: int = _number(50, 0, 1_000_000)
     decay_power: float = _number(1.0, 0.0, 10.0)
     clip_norm: float = _number(1.0, 0.0, 1e6)  # 0: no clipping
+    ema_decay: float = _number(0.0, 0.0, 0.999999)  # moving average of the weights, kept beside them; 0: none
     precision: str = _choice("fp32", "fp32", "bf16", "fp16")
     engine: str = _choice("auto", "auto", "deepspeed", "torch")  # auto: DeepSpeed where it is installed
     zero_stage: int = _choice(1, 0, 1, 2)
@@ -203,6 +211,7 @@ class TrainConfig:
     max_failures: int = _number(3, 0, 1_000_000)  # failures in a row without a checkpoint between them
     collective_timeout_s: int = _number(600, 1, 86_400)  # ranks that wait so long for another one take it for hung
     use_gpu: bool = False
+    compile: bool = False  # torch.compile of CLIP's layers: no gain on a processor (0.98), on a GPU not measured
     seed: int = _number(0, 0, 2**31 - 1)
     validate_every: int = _number(2_000, 1, 100_000_000)
     validate_images: int = _number(0, 0, 100_000_000)  # the first n of the validation shards; 0: all
@@ -226,6 +235,7 @@ class LabelConfig:
 
     split: str = _choice("train", "train", "val")  # what jobs/pseudo_label labels
     checkpoint: str = "best"  # best, latest or a step
+    weights: str = _choice("auto", "auto", "trained", "average")  # auto: the average where train.ema_decay kept one
     unary: str = _choice("cam", "cam", "model")  # what the CRF starts from in jobs/pseudo_label
     restrict: bool = True  # unary model: only classes that the image-level labels name
     unlabelled: str = _choice("background", "background", "skip")  # images without labels
@@ -255,7 +265,7 @@ class LabelConfig:
 
 @dataclass
 class PredictConfig:
-    """Masks of a trained model for any images, for jobs/predict."""
+    """Masks of a trained model for any images, for jobs/predict; they are seen as `evaluate` says."""
 
     input: str = ""  # folder of images, or of shards
     output: str = ""  # where the masks go; "": RUN/predict/NAME of the input
@@ -265,9 +275,15 @@ class PredictConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Inference and scoring (METHOD 1.22, section 5)."""
+    """Inference, for all jobs that label, and scoring (METHOD 1.22, section 5)."""
 
-    parts: list[str] = _listed("seed", "mask", "val")
+    parts: list[str] = _listed("seed", "mask", "val")  # and test: an archive for a test server, never scored here
+    name: str = ""  # of these settings: masks go to RUN/evaluate/NAME, the result to RUN/evaluate/NAME.json
+    input: str = _choice("native", "native", "square", "long_side")  # the size of an image at scale 1
+    input_size: int = _number(0, 0, 8192)  # pixels of square or long_side; 0: 320 and 512, the published ones
+    merge: str = _choice("mean", "mean", "max")  # of scales and mirrored copies, for logits and CAMs
+    crf_presets: list[str] = _listed()  # val is scored with these too, from the same forward passes
+    competition: str = _choice("comp6", "comp5", "comp6")  # VOC's test server; comp5: nothing but VOC's data was used
     scales: list[float] = _listed(1.0, 1.2, 1.5)
     cam_scales: list[float] = _listed(1.0)
     flip: bool = True

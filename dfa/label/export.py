@@ -180,7 +180,7 @@ def export_pngs(root: str, folder: str, names: Mapping[str, str] | None = None) 
             subfolder = storage.join(folder, prefix.rstrip("/")) if prefix else folder
             storage.make_folder(subfolder)
             there |= {prefix + name for name in storage.list_names(subfolder)}
-        for _, sample in _samples(root, index):
+        for _, sample in samples_of(root, index):
             name, data = wanted[sample.key], sample.image
             address = storage.join(folder, name)
             if name not in there or storage.read_bytes(address) != data:
@@ -323,8 +323,8 @@ def _writing(address: str) -> Iterator[None]:
         raise UnwritableError(f"labels cannot be exported to {address}: {error}") from error
 
 
-def _samples(root: str, index: dict[str, Any]) -> Iterator[tuple[LabelRow, RawSample]]:
-    """The rows of samples.parquet beside what the shards hold; `image` of the latter is the mask's PNG."""
+def samples_of(root: str, index: dict[str, Any]) -> Iterator[tuple[LabelRow, RawSample]]:
+    """Yield the rows of samples.parquet beside what the shards hold; `image` of the latter is the mask's PNG."""
     rows = read_label_rows(root)
     for shard in index["shards"]:
         address = storage.join(root, shard["name"])
@@ -373,7 +373,7 @@ def _coco_annotations(
     root: str, index: dict[str, Any], category_ids: tuple[int, ...], images: Mapping[str, tuple[int, str]] | None
 ) -> Iterator[dict[str, Any]]:
     identity = 0
-    for number, (row, sample) in enumerate(_samples(root, index), start=1):
+    for number, (row, sample) in enumerate(samples_of(root, index), start=1):
         image_id, _ = _image_id(row.key, number, images)
         for label, region in _regions(row, sample, len(category_ids)):
             identity += 1

@@ -44,7 +44,7 @@ from dfa.label.scoring import Agreement, LabelSettings, Tally
 MASK_EXTENSION, SOFT_EXTENSION, CONFIDENCE_EXTENSION = "png", "soft.png", "confidence.png"
 TIMINGS_FOLDER = "timings"
 _OWN_NAME = re.compile(r"shard-\d+\.(tar|json)")
-_COUNTS = ("pixels_C", "argmax_CC", "mask_CC", "sweep_TCC")
+_COUNTS = ("pixels_C", "argmax_CC", "mask_CC", "sweep_TCC", "other_PCC")
 _SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.string()),

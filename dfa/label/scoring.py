@@ -42,6 +42,7 @@ class LabelSettings:
         factor (our reading of "CAM + CRF").
     min_confidence: pixels whose winner is less probable become void; 0 for none.
     thresholds: background thresholds to sweep over the foreground rows, ascending; () for none.
+    other_crfs: settings whose masks are counted too, and not kept.
     soft, confidence: also keep the probabilities of all rows, and of the winners, as 8-bit maps.
     skip_unlabelled: an image without image-level labels is rejected, not labelled all-background.
     """
@@ -54,6 +55,7 @@ class LabelSettings:
     soft: bool = False
     confidence: bool = False
     skip_unlabelled: bool = False
+    other_crfs: tuple[CrfSettings, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sharpness <= 0 or not 0 <= self.min_confidence < 1:
@@ -66,7 +68,8 @@ class Tally:
 
     Tensors are int64. pixels_C: pixels of each class in the masks (background first), void_pixels beside them.
     num_truth: images with a ground truth, which alone enter the confusion matrices (rows truth, columns prediction):
-    sweep_TCC the seed under each threshold, argmax_CC the scores as they are, mask_CC the mask before its void band.
+    sweep_TCC the seed under each threshold, argmax_CC the scores as they are, mask_CC the mask before its void band,
+    other_PCC the mask of each of `other_crfs`.
     """
 
     num_images: int
@@ -76,14 +79,15 @@ class Tally:
     argmax_CC: Tensor
     mask_CC: Tensor
     sweep_TCC: Tensor
+    other_PCC: Tensor
 
     @staticmethod
     def zero(settings: LabelSettings) -> "Tally":
         """The tally of no image."""
-        size, num_thresholds = settings.num_classes + 1, len(settings.thresholds)
-        square = torch.zeros(size, size, dtype=torch.int64)
-        sweep = torch.zeros(num_thresholds, size, size, dtype=torch.int64)
-        return Tally(0, 0, 0, torch.zeros(size, dtype=torch.int64), square, square.clone(), sweep)
+        size = settings.num_classes + 1
+        counts = (torch.zeros(size, dtype=torch.int64), *(torch.zeros(size, size, dtype=torch.int64) for _ in range(2)))
+        several = (len(settings.thresholds), len(settings.other_crfs))
+        return Tally(0, 0, 0, *counts, *(torch.zeros(number, size, size, dtype=torch.int64) for number in several))
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, name) + getattr(other, name) for name in Tally.__dataclass_fields__))
@@ -176,9 +180,8 @@ def label_image(
     ids_K = np.asarray(scores.class_ids, np.uint8)
     argmax_HW = ids_K[scores.score_KHW.argmax(0)]  # ties go to the background, then to the lower class
     unary_KHW = scores.score_KHW if settings.sharpness == 1 else scores.score_KHW**settings.sharpness
-    probability_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
-    if settings.crf is not None:
-        probability_KHW = dense_crf(image_HW3, probability_KHW, settings.crf)
+    unary_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
+    probability_KHW = unary_KHW if settings.crf is None else dense_crf(image_HW3, unary_KHW, settings.crf)
     mask_HW, best_HW = ids_K[probability_KHW.argmax(0)], probability_KHW.max(0)
     confusions = _confusions(scores, argmax_HW, mask_HW, truth_HW, settings)
     final_HW = np.where(best_HW < settings.min_confidence, np.uint8(VOID), mask_HW)
@@ -189,6 +192,7 @@ def label_image(
         int(pixels[VOID]),
         pixels[: settings.num_classes + 1],
         *confusions,
+        _other_confusions(image_HW3, unary_KHW, ids_K, truth_HW, settings),
     )
     return LabelledImage(
         final_HW,
@@ -227,6 +231,24 @@ def _confusions(
         for label_HW in (argmax_HW, mask_HW)
     )
     return argmax_CC, mask_CC, sweep_confusion(scores, truth_HW, settings.thresholds, num_classes=settings.num_classes)
+
+
+def _other_confusions(
+    image_HW3: UInt8Array,
+    unary_KHW: FloatArray,
+    ids_K: UInt8Array,
+    truth_HW: UInt8Array | None,
+    settings: LabelSettings,
+) -> Tensor:
+    """Confusion of the masks of `other_crfs`, (P, C + 1, C + 1); without a ground truth no CRF is run for it."""
+    found_PCC = Tally.zero(settings).other_PCC
+    if truth_HW is None:
+        return found_PCC
+    truth = torch.tensor(truth_HW)
+    for found_CC, crf in zip(found_PCC, settings.other_crfs, strict=True):
+        mask_HW = ids_K[dense_crf(image_HW3, unary_KHW, crf).argmax(0)]
+        found_CC += confusion_matrix(torch.from_numpy(mask_HW), truth, num_classes=settings.num_classes + 1)
+    return found_PCC
 
 
 def sweep_confusion(

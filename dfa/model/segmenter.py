@@ -1,16 +1,17 @@
 """Frozen CLIP and student as one system: what training, labelling, evaluation and prediction share."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dfa.clip import Features, FrozenClip, Similarity
+from dfa.clip import ClipEnsemble, Features, FrozenClip, Similarity
+from dfa.clip.encoder import SecondEncoder
 from dfa.core.affinity import symmetric_affinity
 from dfa.label.pseudo import gather_present, present_classes, to_grid
 from dfa.label.seed import Affinities, Seeds, SeedSettings, make_seeds
-from dfa.model.inference import predict_together
+from dfa.model.inference import NATIVE, InputSize, Merge, predict_together
 from dfa.model.student import Student
 
 # Patches that a processor encodes at once. More are no faster, and memory that the system has to hand out anew each time makes
@@ -51,20 +52,21 @@ class Segmenter:
 
     A plain object: it may be held by an nn.Module without registering CLIP's frozen weights.
 
-    bank_KE: text bank, foreground classes first.
+    bank_KE: text bank, foreground classes first. second: an encoder whose tokens the affinities compare too.
     """
 
     def __init__(
         self,
-        clip: FrozenClip,
+        clip: FrozenClip | ClipEnsemble,
         bank_KE: Tensor,
         student: Student,
         *,
         encoder: EncoderSettings,
         seed: SeedSettings,
         sinkhorn_rounds: int,
+        second: SecondEncoder | None = None,
     ) -> None:
-        self.clip, self.bank_KE, self.student = clip, bank_KE, student
+        self.clip, self.bank_KE, self.student, self.second = clip, bank_KE, student, second
         self.encoder, self.seed, self.sinkhorn_rounds = encoder, seed, sinkhorn_rounds
 
     @property
@@ -77,7 +79,7 @@ class Segmenter:
 
         Seeds read the similarity, the affinities the attention: what nobody will read can be left out, and is empty then.
         """
-        return self.clip.encode(
+        features = self.clip.encode(
             image_B3HW,
             self.bank_KE if with_similarity else None,
             token_blocks=self.encoder.token_blocks,
@@ -86,6 +88,9 @@ class Segmenter:
             surgery_blocks=self.encoder.surgery_blocks,
             renormalize_rows=True,
         )
+        if self.second is None or not with_attention:
+            return features
+        return replace(features, second_BMNE=self.second.tokens(image_B3HW, features.grid))
 
     def affinities(self, low_logit_BNN: Tensor, high_logit_BNN: Tensor) -> Affinities:
         """A_la and A_ha from the learned logits, without gradient (METHOD 1.5, 1.13)."""
@@ -117,12 +122,18 @@ class Segmenter:
         scales: Sequence[float],
         flip: bool,
         with_model: bool,
+        merge: Merge = "logits",
+        input_size: InputSize = NATIVE,
     ) -> list[PixelSeeds]:
         """`pixel_seeds` of images of several sizes in the same forward passes (see `inference.size_class`).
 
         groups: B_g x 3 x H_g x W_g each; labels_BC: of all images, group after group. with_model: the model's logits at
-        these scales too, from the same passes.
+        these scales too, from the same passes. merge: `logits` for the mean of the maps, or `max`.
+
+        Raises ValueError for the merge `probabilities`: maps are none.
         """
+        if merge == "probabilities":
+            raise ValueError("seeds are merged by their mean (logits) or max, not as probabilities")
         class_BM = present_classes(labels_BC)
         num_slots = class_BM.shape[1]
 
@@ -137,7 +148,13 @@ class Segmenter:
             return torch.cat([maps_BMhw, self.student.segment(features.tokens_BLND, features.grid).float()], dim=1)
 
         merged = predict_together(
-            groups, scales=scales, flip=flip, forward=self._in_parts(maps), multiple_of=self.patch_size, merge="logits"
+            groups,
+            scales=scales,
+            flip=flip,
+            forward=self._in_parts(maps),
+            multiple_of=self.patch_size,
+            merge=merge,
+            input_size=input_size,
         )
         parts = class_BM.split([len(group) for group in groups])
         return [
@@ -156,7 +173,15 @@ class Segmenter:
         return self.logits_together([image_B3HW], scales=scales, flip=flip)[0]
 
     @torch.no_grad()
-    def logits_together(self, groups: Sequence[Tensor], *, scales: Sequence[float], flip: bool) -> list[Tensor]:
+    def logits_together(
+        self,
+        groups: Sequence[Tensor],
+        *,
+        scales: Sequence[float],
+        flip: bool,
+        merge: Merge = "logits",
+        input_size: InputSize = NATIVE,
+    ) -> list[Tensor]:
         """`logits` of images of several sizes in the same forward passes: B_g x 3 x H_g x W_g each."""
 
         def forward(scaled_B3HW: Tensor, view: slice) -> Tensor:
@@ -169,15 +194,18 @@ class Segmenter:
             flip=flip,
             forward=self._in_parts(forward),
             multiple_of=self.patch_size,
-            merge="logits",
+            merge=merge,
+            input_size=input_size,
         )
 
     def _each_affinities(self, features: Features) -> Iterator[Affinities]:
         """On a processor image by image: the maps of pairs of one image stay in its cache."""
         size = 1 if features.attention_BLNN.device.type == "cpu" else len(features.attention_BLNN)
-        parts = zip(features.tokens_BLND.split(size), features.attention_BLNN.split(size), strict=True)
-        for tokens_BLND, attention_BLNN in parts:
-            yield self.affinities(*self.student.pair_logits(tokens_BLND, attention_BLNN))
+        second_BMNE, count = features.second_BMNE, len(features.attention_BLNN)
+        for part in (slice(start, start + size) for start in range(0, count, size)):
+            second = None if second_BMNE is None else second_BMNE[part]
+            logits = self.student.pair_logits(features.tokens_BLND[part], features.attention_BLNN[part], second)
+            yield self.affinities(*logits)
 
     def _in_parts(self, forward: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
         """`forward(views, their place)` of all views, on a processor in parts of _PATCHES_AT_ONCE."""

@@ -2,6 +2,7 @@
 alone.
 
     RUN/checkpoints/step-00000500/model.safetensors      trainable weights, float32
+                                  average.safetensors    their moving average, where one is kept
                                   optimizer.safetensors  both Adam moments, float32
                                   progress.safetensors   what was consumed, packed bits
                                   state.json             numbers, class names, model description, sha256 of the files
@@ -23,7 +24,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -39,8 +40,9 @@ SCHEMA_VERSION = 1
 KIND = "dfa-checkpoint"
 FOLDER = "checkpoints"
 _PREFIX, _PARTIAL = "step-", ".partial-"
-_MODEL, _OPTIMIZER, _PROGRESS, STATE_NAME = (
+_MODEL, _AVERAGE, _OPTIMIZER, _PROGRESS, STATE_NAME = (
     "model.safetensors",
+    "average.safetensors",
     "optimizer.safetensors",
     "progress.safetensors",
     "state.json",
@@ -48,6 +50,8 @@ _MODEL, _OPTIMIZER, _PROGRESS, STATE_NAME = (
 
 
 Address = str | os.PathLike[str]
+WeightKind = Literal["auto", "trained", "average"]
+"""Weights of a checkpoint: as trained, their average, or (auto) the average where one is kept."""
 
 
 class CorruptCheckpointError(ValueError):
@@ -77,18 +81,25 @@ class Checkpoint:
     info: CheckpointInfo
     engine: EngineState
     progress: Progress
+    average: dict[str, Tensor] | None = None
 
 
 def save_checkpoint(
-    run: Address, engine: EngineState, progress_tensors: dict[str, Tensor], info: CheckpointInfo
+    run: Address,
+    engine: EngineState,
+    progress_tensors: dict[str, Tensor],
+    info: CheckpointInfo,
+    average: dict[str, Tensor] | None = None,
 ) -> str:
     """Write one checkpoint into RUN/checkpoints, complete or not at all, and return its folder; an older one of the same
-    step is replaced."""
+    step is replaced. average: of the trained weights, by name."""
     root, name = _root(run), f"{_PREFIX}{info.step:08d}"
     moments = {f"moment1.{k}": v for k, v in engine.moment1.items()} | {
         f"moment2.{k}": v for k, v in engine.moment2.items()
     }
     contents = {_MODEL: engine.weights, _OPTIMIZER: moments, _PROGRESS: progress_tensors}
+    if average is not None:
+        contents[_AVERAGE] = average
     files = {name: safetensors.torch.save(tensors) for name, tensors in contents.items()}
     document: dict[str, Any] = {"kind": KIND, "schema": SCHEMA_VERSION, **asdict(info)}
     document["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -190,15 +201,18 @@ def _tensors(folder: str, name: str, document: Mapping[str, Any]) -> dict[str, T
         raise CorruptCheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def load_weights(folder: Address, *, class_names: Sequence[str] | None) -> tuple[dict[str, Tensor], CheckpointInfo]:
+def load_weights(
+    folder: Address, *, class_names: Sequence[str] | None, kind: WeightKind = "trained"
+) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Verified weights and description of a checkpoint, for evaluation and labelling.
 
     Args:
         class_names: foreground classes that the caller expects; None accepts any.
+        kind: see `WeightKind`.
 
     Raises:
         CorruptCheckpointError: unreadable or changed files.
-        ValueError: a model of other classes; both lists are named.
+        ValueError: a model of other classes; both lists are named. No average where one is asked for.
         StoreError: a remote store that does not answer.
     """
     folder = os.fspath(folder)
@@ -206,7 +220,23 @@ def load_weights(folder: Address, *, class_names: Sequence[str] | None) -> tuple
     info = _info(document)
     if class_names is not None:
         check_classes(info.class_names, class_names, where=folder)
-    return _tensors(folder, _MODEL, document), info
+    weights = _tensors(folder, _MODEL, document)
+    if _has_average(document, kind, folder):
+        weights |= _tensors(folder, _AVERAGE, document)
+    return weights, info
+
+
+def uses_average(folder: Address, kind: WeightKind) -> bool:
+    """Whether `load_weights` of this kind gives the average; errors as there."""
+    return _has_average(_document(os.fspath(folder)), kind, os.fspath(folder))
+
+
+def _has_average(document: Mapping[str, Any], kind: WeightKind, folder: str) -> bool:
+    if kind == "average" and _AVERAGE not in document["sha256"]:
+        raise ValueError(
+            f"checkpoint {folder} has no averaged weights: train with train.ema_decay, or take label.weights=trained"
+        )
+    return kind != "trained" and _AVERAGE in document["sha256"]
 
 
 def load_checkpoint(folder: Address, *, class_names: Sequence[str]) -> Checkpoint:
@@ -219,7 +249,9 @@ def load_checkpoint(folder: Address, *, class_names: Sequence[str]) -> Checkpoin
         {k.removeprefix(p): v for k, v in moments.items() if k.startswith(p)} for p in ("moment1.", "moment2.")
     )
     progress = Progress.from_tensors(_tensors(folder, _PROGRESS, document))
-    return Checkpoint(folder, info, EngineState(weights, first, second, info.num_updates, info.loss_scale), progress)
+    average = _tensors(folder, _AVERAGE, document) if _has_average(document, "auto", folder) else None
+    state = EngineState(weights, first, second, info.num_updates, info.loss_scale)
+    return Checkpoint(folder, info, state, progress, average)
 
 
 def copy_model(folder: Address, run: Address, *, name: str) -> str:
@@ -235,11 +267,13 @@ def copy_model(folder: Address, run: Address, *, name: str) -> str:
     if storage.exists(target) and not _unfinished(target):
         return target
     document = _document(source)
-    files = {file: _read(storage.join(source, file)) for file in (_MODEL, STATE_NAME)}
-    if hashlib.sha256(files[_MODEL]).hexdigest() != document["sha256"].get(_MODEL):
-        raise CorruptCheckpointError(
-            f"{storage.join(source, _MODEL)} is damaged: its sha256 is not the one in {STATE_NAME}"
-        )
+    kept = (_MODEL, _AVERAGE) if _AVERAGE in document["sha256"] else (_MODEL,)
+    files = {file: _read(storage.join(source, file)) for file in (*kept, STATE_NAME)}
+    for file in kept:
+        if hashlib.sha256(files[file]).hexdigest() != document["sha256"].get(file):
+            raise CorruptCheckpointError(
+                f"{storage.join(source, file)} is damaged: its sha256 is not the one in {STATE_NAME}"
+            )
     _write(root, name, files)
     return target
 

@@ -108,7 +108,9 @@ class FfrStep(TrainStep):
         decoder = self.student.decoder
         fused_BDhw = decoder.fused(features.tokens_BLND, features.grid)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.ffr.with_affinities):
-            low_BNN, high_BNN = self.student.pair_logits(features.tokens_BLND, features.attention_BLNN)
+            low_BNN, high_BNN = self.student.pair_logits(
+                features.tokens_BLND, features.attention_BLNN, features.second_BMNE
+            )
         return Outputs(decoder.decode(fused_BDhw), fused_BDhw, low_BNN, high_BNN)
 
     def _high_parts(self, high_BDhw: Tensor, label_BHW: Tensor) -> list[LossPart]:

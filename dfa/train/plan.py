@@ -93,6 +93,8 @@ class LoopPlan:
     collective_timeout_s: int = 600
     make_observers: Callable[[], Sequence[Observer]] = tuple
     """Called by rank 0 at every start of the workers: who else is told each line of metrics."""
+    average_decay: float = 0.0
+    """Of the moving average of the weights; 0: none is kept."""
     keep_history: bool = False
     """Write down who consumed which sample when, see `dfa.train.history`."""
 

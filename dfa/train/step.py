@@ -103,7 +103,7 @@ class TrainStep(Objective):
                 raise ValueError("loss.supervision=masks needs shards with masks; write them with data.masks set")
             _, logits_BChw = self.student.decoder(features.tokens_BLND, features.grid)
             return segmentation_parts(logits_BChw, self.annotated(batch.mask_BHW, batch.valid_BHW))
-        outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid)
+        outputs = self.student(features.tokens_BLND, features.attention_BLNN, features.grid, features.second_BMNE)
         label_BHW = self.labels(
             batch, lambda rows: self.seed_labels(batch, self.seeds(batch, features, outputs, rows), features.grid, rows)
         )

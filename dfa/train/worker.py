@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from dfa.core.metrics import iou_per_class, mean_iou
 from dfa.data.stream import Batch
 from dfa.data.transforms import VOID
 from dfa.train import history
+from dfa.train.average import WeightAverage
 from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
 from dfa.train.engine import Engine, make_engine
 from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_rate_factor, world
@@ -48,6 +50,7 @@ class Trainer:
         self.shape = plan.batch_shape(self.world)
         torch.manual_seed(plan.seed)
         self.engine = _engine(plan, device, self.shape)
+        self._average = WeightAverage(self.engine.objective, plan.average_decay) if plan.average_decay else None
         self.step = self.samples_seen = self.num_rejected = 0
         self.best_miou = self.last_miou = None
         progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
@@ -79,11 +82,19 @@ class Trainer:
             )
             raise ValueError(f"{checkpoint.folder} was trained with another model ({pairs}); use another run folder")
         self.engine.load(checkpoint.engine)
+        self._restore_average(checkpoint)
         self.step, self.samples_seen, self.num_rejected = info.step, info.samples_seen, info.num_rejected
         best = best_checkpoint(self.run)
         self.best_miou = None if best is None else read_info(best).val_miou
         self.last_miou = info.val_miou
         logger.info("continuing from %s: step %d, %d samples seen", checkpoint.folder, self.step, self.samples_seen)
+
+    def _restore_average(self, checkpoint: Checkpoint) -> None:
+        if self._average is None:
+            return
+        if checkpoint.average is None:
+            logger.warning("%s holds no averaged weights: the average begins with its weights", checkpoint.folder)
+        self._average.load(checkpoint.engine.weights if checkpoint.average is None else checkpoint.average)
 
     def _begin_attempt(self) -> history.Attempt:
         if self.shape.global_batch != self.plan.global_batch:
@@ -160,6 +171,8 @@ class Trainer:
             self.samples_seen + int(seen),
             self.num_rejected + int(rejected),
         )
+        if self._average is not None:
+            self._average.update(self.step)
         self.interrupted = stopping > 0
         self._leaving = bool(asking and self._machine_leaves()) or warned > 0
         if asking:
@@ -222,12 +235,12 @@ class Trainer:
         return done or (self.plan.validate_every > 0 and self.step % self.plan.validate_every == 0)
 
     def _validate(self) -> bool:
-        """Mean IoU over all ranks' shares; True if it is the best so far."""
+        """Mean IoU over all ranks' shares, of the averaged weights where they are kept; True if it is the best so far."""
         start, objective, make_validation = time.perf_counter(), self.engine.objective, self.plan.make_validation
         assert make_validation is not None
         confusion = torch.zeros(objective.num_classes, objective.num_classes, dtype=torch.int64, device=self.device)
         objective.eval()
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self._average is None else self._average.used():
             for batch in make_validation(self.rank, self.world):
                 confusion += objective.validate(batch.to(self.device))
         objective.train()
@@ -256,6 +269,7 @@ class Trainer:
         start = time.perf_counter()
         self._finish_writing()
         state, progress, rows = self.engine.state(), self._ledger.gather(self.device), self._ledger.gather_rows()
+        average = None if self._average is None else self._average.state()
         if progress.num_consumed != self.samples_seen:
             raise RuntimeError(
                 f"book-keeping differs: {progress.num_consumed} samples noted, {self.samples_seen} counted"
@@ -272,18 +286,24 @@ class Trainer:
         )
         if self.rank == 0:
             self._recorder.write("checkpoint", self.step, {"blocked_s": time.perf_counter() - start})
-            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info, rows, last)
+            self._writing = self._writer.submit(self._write, state, progress.to_tensors(), info, average, rows, last)
 
     _writing: Future[None] | None
 
     def _write(
-        self, state: Any, progress: dict[str, Tensor], info: CheckpointInfo, rows: Sequence[Row], last: int
+        self,
+        state: Any,
+        progress: dict[str, Tensor],
+        info: CheckpointInfo,
+        average: dict[str, Tensor] | None,
+        rows: Sequence[Row],
+        last: int,
     ) -> None:
         self._recorder.sync()
         if self._attempt is not None and self.plan.keep_history:
             number = self._attempt.number
             history.write_rows(self.run, rows, step=info.step, continues_from=last, attempt=number)
-        save_checkpoint(self.run, state, progress, info)
+        save_checkpoint(self.run, state, progress, info, average)
         prune(self.run, keep_last=self.plan.keep_last)
 
     def _finish_writing(self) -> None:

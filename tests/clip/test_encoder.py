@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfa.clip import FrozenClip, WordTokenizer, build_clip, value_embedding
+from dfa.clip import FrozenClip, WordTokenizer, build_clip, load_clip, value_embedding
 from tests.clip.models import (
     WORDS,
     assert_relative,
@@ -260,3 +260,19 @@ def test_a_model_description_without_its_parts_is_refused(tmp_path):
 def test_a_json_without_vocabulary_uses_open_clips_tokenizer(tmp_path):
     clip = load(write_model(tmp_path, vocabulary=False))
     assert isinstance(clip, FrozenClip) and clip.text_bank([["dog"]], ["a {}."]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_blocks_and_sizes(tmp_path, quick_gelu):
+    path = write_model(tmp_path, top={"quick_gelu": quick_gelu})
+    plain, compiled = load(path), load_clip(path, "random", device="cpu", precision="fp32", seed=3, compiled=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"token_blocks": 2, "attention_blocks": 2, "similarity": "surgery", "surgery_blocks": 2}
+    for batch, height, width in ((2, 32, 32), (3, 48, 40), (2, 24, 64), (2, 40, 40)):
+        image = picture(batch, height, width)
+        found, wanted = (each.encode(image, bank(each), **options) for each in (compiled, plain))
+        for name in ("tokens_BLND", "attention_BLNN", "similarity_BNK", "class_similarity_BK"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=1e-5, rtol=1e-5)
+    # Two functions, which may be compiled anew for the one row that leaves the last block: not for each block, nor each size.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

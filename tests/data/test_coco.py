@@ -113,17 +113,18 @@ def test_coco_file_names_cannot_leave_the_folder(coco):
     assert "leaves the image folder" in next(iter(source)).reason
 
 
-def test_real_coco_masks_equal_those_of_pycocotools(sample_data):
+@pytest.mark.parametrize("split", ["train2014", "val2014"])
+def test_real_coco_masks_equal_those_of_pycocotools(sample_data, split):
     from pycocotools.coco import COCO
 
     classes, root = conf_classes("coco"), sample_data / "coco_mini"
-    path = str(root / "annotations" / "instances_train2014.json")
+    path = str(root / "annotations" / f"instances_{split}.json")
     with contextlib.redirect_stdout(io.StringIO()):
         api = COCO(path)
     ids = {identity: index for index, identity in enumerate(sorted(api.getCatIds()), start=1)}
     by_file = {image["file_name"]: image["id"] for image in api.dataset["images"]}
-    samples = [s for s in CocoSource(str(root / "train2014"), path, classes, masks=True) if isinstance(s, Sample)]
-    assert len(samples) > 30
+    samples = [s for s in CocoSource(str(root / split), path, classes, masks=True) if isinstance(s, Sample)]
+    assert len(samples) == len(api.dataset["images"]) >= 40
     for sample in samples:
         annotations = api.loadAnns(api.getAnnIds(by_file[Path(sample.image).name]))
         assert sample.labels == tuple(sorted({ids[a["category_id"]] for a in annotations}))

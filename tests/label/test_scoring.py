@@ -1,5 +1,7 @@
 """What the factory does with one image, against slow loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,17 @@ def test_model_scores_keep_the_argmax_of_all_classes():
         len(model_scores(logits - 100 * (torch.arange(9) > 1)[None, :, None, None], min_probability=0.01)[0].class_ids)
         == 2
     )
+
+
+def test_masks_of_other_crfs_are_counted_as_if_each_had_been_the_only_one():
+    image = np.random.default_rng(3).integers(0, 256, (9, 11, 3), np.uint8)
+    scores, truth_HW = _scores(), _truth()
+    both = replace(SETTINGS, other_crfs=(PRESETS["wide"], PRESETS["smooth"]))
+    labelled = label_image(image, scores, truth_HW, both)
+    alone = [label_image(image, scores, truth_HW, replace(SETTINGS, crf=crf)) for crf in both.other_crfs]
+    for found_CC, each in zip(labelled.tally.other_PCC, alone, strict=True):
+        assert torch.equal(found_CC, each.tally.mask_CC)
+    assert not torch.equal(alone[0].tally.mask_CC, alone[1].tally.mask_CC)  # or the order would not show
+    np.testing.assert_array_equal(labelled.mask_HW, label_image(image, scores, truth_HW, SETTINGS).mask_HW)
+    assert (labelled.tally + labelled.tally).other_PCC.sum() == 2 * labelled.tally.other_PCC.sum() > 0
+    assert label_image(image, scores, None, both).tally.other_PCC.sum() == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfa.model.inference import predict_logits
+from dfa.model.inference import InputSize, predict_logits, size_class
 
 
 def picture(height, width, batch=1):
@@ -29,8 +29,8 @@ def test_one_scale_of_a_fitting_image_is_the_forward_itself():
     torch.testing.assert_close(predict_logits(image / 255, **options()), expected)
 
 
-@pytest.mark.parametrize("merge", ["logits", "probabilities"])
-def test_scales_and_mirrored_copies_are_averaged(merge):
+@pytest.mark.parametrize("merge", ["logits", "probabilities", "max"])
+def test_scales_and_mirrored_copies_are_merged(merge):
     image, scales, views = picture(21, 35, batch=2), [0.5, 1.0, 1.6], []
     sizes = [(8, 16), (24, 32), (32, 56)]
     for size in sizes:
@@ -39,10 +39,42 @@ def test_scales_and_mirrored_copies_are_averaged(merge):
         for mirrored in (False, True):
             logits = pooled(resized.flip(3) if mirrored else resized)
             logits = F.interpolate(logits.flip(3) if mirrored else logits, size=(21, 35), mode="bilinear")
-            views.append(logits if merge == "logits" else logits.softmax(1))
-    expected = sum(views) / len(views)
+            views.append(logits.softmax(1) if merge == "probabilities" else logits)
+    expected = torch.stack(views).amax(0) if merge == "max" else sum(views) / len(views)
     got = predict_logits(image, **options(scales=scales, flip=True, merge=merge))
-    torch.testing.assert_close(got, expected if merge == "logits" else expected.log())
+    torch.testing.assert_close(got, expected.log() if merge == "probabilities" else expected)
+
+
+@pytest.mark.parametrize(
+    ("input_size", "seen"),
+    [
+        (InputSize("square", 32), [(32, 32), (48, 48)]),
+        (InputSize("long_side", 40), [(24, 40), (32, 64)]),  # 22.5 x 40 and 33.8 x 60, to multiples of 8
+        (InputSize(), [(48, 80), (64, 120)]),  # 45 x 80; 67.5 x 120
+    ],
+)
+def test_an_input_size_is_what_the_forward_meets_and_the_answer_keeps_the_images_own(input_size, seen):
+    image, met = picture(45, 80), []
+
+    def forward(view):
+        met.append(tuple(view.shape[-2:]))
+        return pooled(view)
+
+    got = predict_logits(image, **options(forward=forward, scales=[1.0, 1.5], input_size=input_size))
+    assert met == seen and got.shape == (1, 6, 45, 80)
+    assert size_class(45, 80, scales=[1.0, 1.5], multiple_of=8, input_size=input_size) == tuple(seen)
+
+
+def test_squares_of_many_sizes_share_a_size_class():
+    options = {"scales": [1.0, 1.2], "multiple_of": 16, "input_size": InputSize("square", 320)}
+    assert size_class(500, 375, **options) == size_class(100, 333, **options) == ((320, 320), (384, 384))
+
+
+def test_an_input_size_without_pixels_or_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="needs pixels"):
+        InputSize("square")
+    with pytest.raises(ValueError, match="native, square, long_side"):
+        InputSize("short_side", 3)  # type: ignore[arg-type]
 
 
 def test_mirroring_makes_the_answer_commute_with_a_mirrored_image():
@@ -84,7 +116,7 @@ def test_half_precision_logits_and_impossible_classes_stay_finite():
 
 
 @pytest.mark.parametrize(
-    "change, message", [({"scales": []}, "scales"), ({"scales": [0]}, "scales"), ({"merge": "max"}, "max")]
+    "change, message", [({"scales": []}, "scales"), ({"scales": [0]}, "scales"), ({"merge": "min"}, "min")]
 )
 def test_bad_options_are_told(change, message):
     with pytest.raises(ValueError, match=message):

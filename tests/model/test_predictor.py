@@ -1,5 +1,6 @@
 """`dfa.load(checkpoint).predict(image)`: against the parts that it is made of, on a small model with random weights."""
 
+import copy
 import json
 import os
 import shutil
@@ -18,7 +19,13 @@ from dfa import build
 from dfa.config import load
 from dfa.label.crf import PRESETS
 from dfa.model import predictor
-from dfa.train.checkpoint import CheckpointInfo, CorruptCheckpointError, save_checkpoint
+from dfa.train.checkpoint import (
+    CheckpointInfo,
+    CorruptCheckpointError,
+    find_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from dfa.train.objective import EngineState
 
 CPU = torch.device("cpu")
@@ -61,6 +68,43 @@ def picture(height=60, width=75, seed=0):
     blocks = rng.integers(0, 256, (height // 20 + 1, width // 20 + 1, 3))
     large = np.kron(blocks, np.ones((20, 20, 1)))[:height, :width]
     return np.clip(large + rng.normal(0, 5, large.shape), 0, 255).astype(np.uint8)
+
+
+def test_averaged_weights_are_taken_where_there_are_any_unless_told_otherwise(config, tmp_path):
+    """Checkpoint 1 holds seed 3's weights and seed 4's as their average: each choice must answer as that seed alone."""
+    other, wanted = copy.deepcopy(config), {}
+    for seed in (3, 4):
+        other.run = str(tmp_path / str(seed))
+        save_run(other, step=1, seed=seed)
+        wanted[seed] = dfa.load(other.run, **ONE).predict(picture()).scores
+    both = copy.deepcopy(config)
+    both.run = str(tmp_path / "both")
+    weights, info = load_weights(save_run(both, step=1, seed=3), class_names=None)
+    average, _ = load_weights(find_checkpoint(str(tmp_path / "4"), "latest"), class_names=None)
+    save_checkpoint(both.run, EngineState(weights, {}, {}, 0, 1.0), {}, info, average)
+    for kind, seed in (("auto", 4), ("average", 4), ("trained", 3)):
+        found = dfa.load(both.run, **ONE, weights=kind).predict(picture()).scores
+        np.testing.assert_array_equal(found, wanted[seed])
+    passes = []
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(picture()).save(tmp_path / "photos/one.png")
+    both.predict.input = str(tmp_path / "photos")
+    for both.label.weights in ("auto", "average", "trained"):
+        passes.append(build.predict_pass(both).hash)
+    assert passes[0] == passes[1] != passes[2]  # masks of one are not taken for the other's
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        dfa.load(other.run, weights="average")
+
+
+def test_masks_need_none_of_the_others(config, tmp_path):
+    single = copy.deepcopy(config)
+    single.run = str(tmp_path / "single")
+    save_run(single, seed=3)
+    wanted = dfa.load(single.run, **ONE).predict(picture()).scores
+    single.run, description = str(tmp_path / "several"), build.model_description(single)
+    description["clip"]["others"] = ["conf/tiny_clip.json@gone.safetensors"]
+    save_run(single, seed=3, description=description)
+    np.testing.assert_array_equal(dfa.load(single.run, **ONE).predict(picture()).scores, wanted)
 
 
 def test_scores_are_the_softmax_of_the_segmenters_logits(config, model):
@@ -299,7 +343,7 @@ def described(config, tmp_path):
     [
         (lambda d: d["decoder"].update(rotary=True), r"another version of dfa: decoder\.rotary is unknown here"),
         (lambda d: d["clip"].pop("mean"), r"another version of dfa: clip\.mean is missing"),
-        (lambda d: d.pop("affinity"), r"affinity\.clip is missing, .*affinity\.hidden"),
+        (lambda d: d.pop("affinity"), r"affinity\.clip is missing, affinity\.encoder is missing, .* and 3 more"),
         (lambda d: d["decoder"].update(width="wide"), r"checkpoint .*step-00000001: .*'wide'"),
         (lambda d: d["decoder"].update(width=4), r"decoder\.width is 4, allowed is 8 to 4096"),
         (lambda d: d["decoder"].update(width=64), "does not fit this configuration's decoder"),
