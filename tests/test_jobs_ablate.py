@@ -36,9 +36,9 @@ def test_a_wrong_key_is_told_with_its_variant_before_anything_is_trained(tmp_pat
 
 
 def test_the_ablation_of_the_world_is_valid():
-    path, content = read_yaml("ablation_world")
+    path, content = read_yaml("ablations/world")
     ablation = Ablation.from_mapping(content)
-    assert path == CONF / "ablation_world.yaml" and ablation.variants["dfa"] == ()
+    assert path == CONF / "ablations" / "world.yaml" and ablation.variants["dfa"] == ()
     for changes in ablation.variants.values():
         load("demo", changes)
 

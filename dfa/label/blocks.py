@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -116,9 +117,9 @@ def _row(raw: RawSample) -> SampleRow:
 
 
 def _counted(mask_HW: UInt8Array, settings: LabelSettings) -> Tally:
-    zero, size = Tally.zero(settings), settings.num_classes + 1
     pixels = torch.from_numpy(np.bincount(mask_HW.reshape(-1), minlength=256))
-    return Tally(1, 0, int(pixels[255]), pixels[:size], zero.argmax_CC, zero.mask_CC, zero.sweep_TCC)
+    counted = pixels[: settings.num_classes + 1]
+    return replace(Tally.zero(settings), num_images=1, void_pixels=int(pixels[255]), pixels_C=counted)
 
 
 def write_block_pngs(source: str, output: str, *, grid: int, max_pixels: int) -> int:
