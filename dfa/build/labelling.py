@@ -20,6 +20,7 @@ from dfa.build.predicting import (
 )
 from dfa.build.training import pseudo_settings
 from dfa.config import ClipConfig, Config
+from dfa.core.void import label_dtype
 from dfa.data import storage
 from dfa.data.shards import ShardIndex, sha256_of
 from dfa.label.crf import PRESETS, CrfSettings
@@ -256,7 +257,7 @@ def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor]
     for seeds in found:
         part = seed_scores(seeds.score_BMHW, seeds.class_BM, seeds.background_BHW, settings)
         if seeds.logits_BCHW is not None:
-            masks_BHW = seeds.logits_BCHW.argmax(1).to(torch.uint8).cpu().numpy()
+            masks_BHW = seeds.logits_BCHW.argmax(1).cpu().numpy().astype(label_dtype(labels_BC.shape[1]))
             part = [replace(each, model_HW=mask_HW) for each, mask_HW in zip(part, masks_BHW, strict=True)]
         scores += part
     return scores

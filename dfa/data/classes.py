@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# 0 is background and 255 is void in every mask.
-MAX_CLASSES = 254
+from dfa.core.void import MAX_CLASSES
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,7 +22,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class ClassSet:
     """The C foreground classes of a data set and the texts that stand for them.
 
-    Class `names[c - 1]` has index c in masks and labels; 0 is background, 255 void.
+    Class `names[c - 1]` has index c in masks and labels; 0 is background, and void is what `dfa.core.void` says.
 
     Attributes:
         names: C foreground class names, in index order; no background among them.

@@ -202,8 +202,8 @@ def read_voc_annotation(address: str, *, classes: ClassSet, keep_difficult: bool
     return _parse(names, classes=classes, kind="names", where=address)
 
 
-def labels_in_mask(mask_HW: npt.NDArray[np.uint8]) -> Labels:
+def labels_in_mask(mask_HW: npt.NDArray[np.uint8 | np.uint16]) -> Labels:
     """Return the foreground classes that occur in a mask (void is none)."""
-    present = np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256)[:255])
+    present = np.flatnonzero(np.bincount(mask_HW.reshape(-1))[: np.iinfo(mask_HW.dtype).max])
     labels = tuple(int(index) for index in present if index > 0)
     return labels or LabelProblem(f"{NO_LABEL} (the mask has no foreground)")

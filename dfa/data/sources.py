@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from dfa.core.void import label_dtype, void_label
 from dfa.data import storage
 from dfa.data.classes import ClassSet, nearest
 from dfa.data.folder import FolderSource
@@ -38,7 +39,7 @@ from dfa.data.samples import (
     judge,
     sample_key,
 )
-from dfa.data.transforms import VOID, UInt8Array, decode_mask
+from dfa.data.transforms import LabelArray, decode_mask
 
 __all__ = [
     "ClassSet",
@@ -58,16 +59,16 @@ __all__ = [
 _MAX_MASK_PIXELS = 200_000_000
 
 
-def mask_array(sample: Sample, *, num_classes: int) -> UInt8Array:
-    """Return a sample's ground truth: uint8 (H, W), 0 background, 1..C classes, 255 void.
+def mask_array(sample: Sample, *, num_classes: int) -> LabelArray:
+    """Return a sample's ground truth (H, W): 0 background, 1..C classes, 255 void; type and void are those of C classes.
 
     Raises:
-        ValueError: no mask, an RGB picture of one, or values outside 0..C and 255.
+        ValueError: no mask, an RGB picture of one, or values outside 0..C and void.
     """
     if sample.mask is None:
         raise ValueError(f"sample {sample.key!r} has no mask")
     if isinstance(sample.mask, MaskSegments):
-        mask, where = _paint(sample.mask), f"annotations of {sample.key!r}"
+        mask, where = _paint(sample.mask, label_dtype(num_classes)), f"annotations of {sample.key!r}"
     else:
         where = f"mask {sample.mask.path}"
         try:
@@ -78,8 +79,8 @@ def mask_array(sample: Sample, *, num_classes: int) -> UInt8Array:
     return mask
 
 
-def _paint(mask: MaskSegments) -> UInt8Array:
-    canvas = np.zeros((mask.height, mask.width), np.uint8)
+def _paint(mask: MaskSegments, dtype: str) -> LabelArray:
+    canvas = np.zeros((mask.height, mask.width), dtype)
     for segment in mask.segments:
         code = {"size": [mask.height, mask.width], "counts": segment.counts}
         canvas[coco_mask.decode(code).astype(bool)] = segment.value  # type: ignore[arg-type]
@@ -225,7 +226,7 @@ class CocoSource:
         classes: the class list, in order of ascending category id.
         masks: paint ground-truth masks.
         crowd: what an `iscrowd` region is. `class`: painted and labelled like an object, as in the field's VOC-style
-            COCO masks; `void`: painted 255, no label; `drop`: ignored.
+            COCO masks; `void`: painted void, no label; `drop`: ignored.
         label_file: text file of `file_stem class class ...` to take instead of the annotations' classes.
         label_kind: how the label file names classes (multi-word names need an index kind).
         keep_unlabelled: keep an image without labels as all-background instead of rejecting it.
@@ -297,11 +298,11 @@ class CocoSource:
         self, image: dict[str, Any], annotations: list[dict[str, Any]], contiguous: dict[int, int]
     ) -> MaskSegments:
         height, width = int(image["height"]), int(image["width"])
-        order = []
+        order, void = [], void_label(self.classes.num_classes)
         for annotation in annotations:
             code = _run_lengths(annotation["segmentation"], height, width)
             crowd = bool(annotation.get("iscrowd"))
-            value = VOID if crowd and self.crowd == "void" else contiguous[annotation["category_id"]]
+            value = void if crowd and self.crowd == "void" else contiguous[annotation["category_id"]]
             rank = (not crowd, -int(coco_mask.area(code)), int(annotation["id"]))  # type: ignore[arg-type]
             order.append((rank, Segment(value, code["counts"])))
         return MaskSegments(height, width, tuple(segment for _, segment in sorted(order, key=lambda pair: pair[0])))
