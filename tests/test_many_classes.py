@@ -1,5 +1,6 @@
 """More classes than 8 bits can tell apart: 16-bit masks from the user's files to the scores, void and class 255 beside each other."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -133,13 +134,13 @@ def raws(folder):
 
 def test_less_certain_pixels_become_void_and_no_class(shards):
     settings = LabelSettings(300, None, 1.0, 0.4, ())
-    image = np.zeros((1, 2, 3), np.uint8)
-    one = ImageScores(np.array([[[0.1, 0.5]], [[0.9, 0.5]], [[0.0, 0.5]]], np.float32), (0, 255, 256))
+    image = np.zeros((1, 3, 3), np.uint8)
+    one = ImageScores(np.array([[[0.1, 0.1, 0.5]], [[0.9, 0.9, 0.5]], [[0.0, 0.0, 0.5]]], np.float32), (0, 255, 256))
     labelled = label_image(image, one, None, settings)
-    assert labelled.mask_HW.tolist() == [[255, VOID]]
-    assert (labelled.tally.void_pixels, int(labelled.tally.pixels_C[255])) == (1, 1)
+    assert labelled.mask_HW.tolist() == [[255, 255, VOID]]
+    assert (labelled.tally.void_pixels, int(labelled.tally.pixels_C[255])) == (1, 2)
     row = read_samples(shards)[0]
-    assert output.judge(row, labelled.mask_HW, 0.5, labelled.agreement).void_share == 0.5
+    assert output.judge(row, labelled.mask_HW, 0.5, labelled.agreement).void_share == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_labels_of_many_classes_are_trained_on(shards, labelled):
@@ -175,6 +176,10 @@ def test_one_step_and_one_validation_with_300_classes(tmp_path, shards):
             num_classes=301,
         ),
     )
+    padded = dataclasses.replace(batch, valid_BHW=batch.valid_BHW.clone(), given_B=torch.ones(3, dtype=torch.bool))
+    padded.valid_BHW[:, 40:] = False
+    labels = build.train_step(config.load("demo", [*overrides, "loss.supervision=labels"]), torch.device("cpu"))
+    assert (labels.labels(padded, lambda rows: torch.empty(0))[:, 40:] == VOID).all()
     supervised = build.train_step(config.load("demo", [*overrides, "loss.supervision=masks"]), torch.device("cpu"))
     counts = {part.name: int(part.count) for part in supervised(batch)}
     assert counts == {
