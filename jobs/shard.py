@@ -28,7 +28,7 @@ def work(config: Config) -> Result:
     root, data = config.data.output, config.data
     if not root:
         raise ValueError("data.output is empty: give the folder of the shards to write")
-    classes = build.class_set(config)
+    classes = build.source_classes(config)
     plan = writer.plan_shards(
         build.source(config),
         class_names=classes.names,
@@ -38,6 +38,8 @@ def work(config: Config) -> Result:
         max_pixels=data.max_pixels,
     )
     writer.write_plan(root, plan)
+    if found := build.write_classes(config, classes):
+        log.info("%d classes in %s: look through its background and prompts before training", len(classes.names), found)
     pending = list(writer.pending(root, plan))
     log.info("%d samples in %d shards, %d shards to write", plan.num_samples, len(plan.items), len(pending))
     if pending:

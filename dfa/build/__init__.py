@@ -1,6 +1,6 @@
 """The one composition root: Config -> objects. Only this package and jobs know Config."""
 
-from dfa.build.data import class_set, index, source
+from dfa.build.data import class_set, index, source, source_classes, write_classes
 from dfa.build.labelling import (
     checkpoint,
     crf_settings,
@@ -43,7 +43,9 @@ __all__ = [
     "seed_pass",
     "segmenter",
     "source",
+    "source_classes",
     "train_step",
     "trained_segmenter",
     "versions",
+    "write_classes",
 ]

@@ -242,7 +242,7 @@ def _scorer_maker(config: Config, folder: str, scorers: Collection[str]) -> Call
 def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels) -> list[ImageScores]:
     """Seeds of images of one size class (3 x H x W uint8) that show `labels` (1..C), with the background's score: what
     a scorer of the factory does."""
-    labels_BC = torch.zeros(len(labels), len(class_set(config).names), dtype=torch.bool)
+    labels_BC = torch.zeros(len(labels), built.student.decoder.classify.out_features - 1, dtype=torch.bool)
     for row, present in zip(labels_BC, labels, strict=True):
         row[[number - 1 for number in present]] = True
     groups = _equal_sizes(images, built.bank_KE.device)

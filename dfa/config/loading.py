@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfa.config.schema import Config
+from dfa.data import storage
 from dfa.data.classes import ClassSet
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -63,12 +65,17 @@ def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
 
 
 def class_set(name: str) -> ClassSet:
-    """The class list `name` of conf/ or at the path `name`: keys names, prompts, background, templates."""
-    path = _conf_path(name)
+    """The class list `name` of conf/, or at the path or address `name`: keys names, prompts, background, templates."""
+    path = name if "://" in name else str(_conf_path(name))
     try:
         return ClassSet.from_mapping(_read_yaml(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def to_yaml(classes: ClassSet) -> str:
+    """A class list as the YAML that `class_set` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(classes.to_mapping()))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -90,9 +97,9 @@ def _conf_path(name: str) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path | str) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(io.BytesIO(storage.read_bytes(str(path)))), resolve=True)
     except Exception as error:  # the YAML parser behind OmegaConf raises its own family
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):

@@ -109,6 +109,22 @@ def read_label_table(
         ValueError: unknown file extension, missing column, or a broken line.
     """
     table: dict[str, Labels] = {}
+    for number, image, values in _labelled_rows(address, image_column, label_column, separator):
+        labels = _parse(values, classes=classes, kind=kind, where=f"{address} line {number}")
+        table[image] = _merge(table[image], labels) if image in table else labels
+    return table
+
+
+def table_names(address: str, *, image_column: str, label_column: str, separator: str) -> tuple[str, ...]:
+    """Return all names in the label column of a table, sorted; arguments and errors as in `read_label_table`."""
+    rows = _labelled_rows(address, image_column, label_column, separator)
+    return tuple(sorted({str(value).strip() for _, _, values in rows for value in values}))
+
+
+def _labelled_rows(
+    address: str, image_column: str, label_column: str, separator: str
+) -> Iterator[tuple[int, str, list[Any]]]:
+    """Yield (line number, image, entries of the label cell)."""
     for number, row in _rows(address):
         for column in (image_column, label_column):
             if column not in row:
@@ -119,10 +135,7 @@ def read_label_table(
         image = str(row[image_column]).strip().replace("\\", "/").removeprefix("./")
         cell = row[label_column]
         values = cell if isinstance(cell, list) else ("" if cell is None else str(cell)).split(separator)
-        values = [value for value in values if str(value).strip()]
-        labels = _parse(values, classes=classes, kind=kind, where=f"{address} line {number}")
-        table[image] = _merge(table[image], labels) if image in table else labels
-    return table
+        yield number, image, [value for value in values if str(value).strip()]
 
 
 def _merge(first: Labels, second: Labels) -> Labels:

@@ -215,7 +215,7 @@ def _labels_from_mask(sample: Sample, *, num_classes: int) -> Labels:
 class CocoSource:
     """A COCO instances JSON with its image folder.
 
-    Category ids are sorted and become 1..C (the original ids run to 90 with gaps); their names must be the class list.
+    Categories become 1..C by their names, which must be those of the class list (COCO's own ids run to 90 with gaps).
 
     Masks are painted from the annotations: crowd regions first, then objects by descending area (ties by annotation
     id), so that a small object on a large one stays visible.
@@ -223,7 +223,7 @@ class CocoSource:
     Attributes:
         images: folder of `file_name`s.
         annotations: the JSON file.
-        classes: the class list, in order of ascending category id.
+        classes: the class list, in any order.
         masks: paint ground-truth masks.
         crowd: what an `iscrowd` region is. `class`: painted and labelled like an object, as in the field's VOC-style
             COCO masks; `void`: painted void, no label; `drop`: ignored.
@@ -320,7 +320,32 @@ def read_coco(annotations: str) -> dict[str, Any]:
     for part in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(part), list):
             raise ValueError(f"{annotations} is no COCO instances file: it has no list {part!r}")
+        for number, entry in enumerate(document[part]):
+            _check_entry(entry, _ENTRY_KEYS[part], f"{annotations}, {part}[{number}]")
     return document
+
+
+_ENTRY_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,)},
+    "annotations": {"image_id": (int, str), "category_id": (int,)},
+    "categories": {"id": (int,), "name": (str,)},
+}
+
+
+def _check_entry(entry: Any, keys: dict[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {str(entry)[:80]!r}, not an object")
+    for key, kinds in keys.items():
+        if not isinstance(entry.get(key), kinds):
+            names = " or ".join("text" if kind is str else "a whole number" for kind in kinds)
+            raise ValueError(f"{where} has {key} {entry.get(key)!r}; needed is {names}")
+
+
+def category_names(annotations: str) -> tuple[str, ...]:
+    """Return the names of a file's categories by ascending id. Raises ValueError as `read_coco`."""
+    return tuple(
+        name for _, name in sorted((each["id"], each["name"]) for each in read_coco(annotations)["categories"])
+    )
 
 
 def coco_key(file_name: str) -> str:
@@ -329,20 +354,28 @@ def coco_key(file_name: str) -> str:
 
 
 def contiguous_indices(categories: list[dict[str, Any]], *, classes: ClassSet, where: str) -> dict[int, int]:
-    """Map category id -> 1..C by ascending id, after checking that the names are the class list.
+    """Map category id -> 1..C by name, whatever the ids are.
 
     Raises:
-        ValueError: other names, order or number than the class list, or repeated ids.
+        ValueError: names that are not those of the class list, or repeated ids or names.
     """
-    ordered = sorted((int(category["id"]), str(category["name"])) for category in categories)
-    if len({identity for identity, _ in ordered}) != len(ordered):
-        raise ValueError(f"{where} lists a category id twice")
-    if len(ordered) != classes.num_classes:
-        raise ValueError(f"{where} has {len(ordered)} categories, the class list has {classes.num_classes}")
-    for index, ((identity, name), expected) in enumerate(zip(ordered, classes.names, strict=True), start=1):
-        if name != expected:
-            raise ValueError(f"{where}: category id {identity} is {name!r}, class {index} of the list is {expected!r}")
-    return {identity: index for index, (identity, _) in enumerate(ordered, start=1)}
+    ids = [int(category["id"]) for category in categories]
+    names = [str(category["name"]) for category in categories]
+    for what, entries in (("id", ids), ("name", names)):
+        if len(set(entries)) != len(entries):
+            raise ValueError(f"{where} lists a category {what} twice")
+    if unknown := [name for name in names if name not in classes.names]:
+        raise ValueError(
+            f"{where} has {len(names)} categories, the class list {classes.num_classes}; category {unknown[0]!r} is not in the"
+            f" list (nearest: {nearest(unknown[0], classes.names)!r}); data.classes=auto takes the categories as classes"
+        )
+    if missing := [name for name in classes.names if name not in names]:
+        raise ValueError(
+            f"{where} has {len(names)} categories, the class list {classes.num_classes}; no category is called {missing[0]!r}"
+            f" (nearest: {nearest(missing[0], names)!r})"
+        )
+    index = {name: number for number, name in enumerate(classes.names, start=1)}
+    return {identity: index[name] for identity, name in zip(ids, names, strict=True)}
 
 
 def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
