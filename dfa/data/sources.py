@@ -87,7 +87,7 @@ def _paint(mask: MaskSegments, dtype: str) -> LabelArray:
     return canvas
 
 
-def _images_by_stem(folder: str) -> dict[str, str]:
+def images_by_stem(folder: str) -> dict[str, str]:
     """Map stem -> path of the images that lie directly in a folder."""
     return {
         os.path.splitext(name)[0]: os.path.join(folder, name)
@@ -132,8 +132,8 @@ class VocSource:
             raise ValueError("labels='masks' needs masks, the name of the mask folder")
 
     def __iter__(self) -> Iterator[Sample | Reject]:
-        folder = self._folder()
-        images = _images_by_stem(os.path.join(folder, "JPEGImages"))
+        folder = voc_folder(self.root)
+        images = images_by_stem(os.path.join(folder, "JPEGImages"))
         if not images:
             raise ValueError(f"{folder}/JPEGImages holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
         mask_folder = self._mask_folder(folder)
@@ -142,7 +142,7 @@ class VocSource:
         table = None
         if how == "file" and self.label_file is not None:
             table = read_label_text(self.label_file, classes=self.classes, kind=self.label_kind)
-        for name in self._split_names(folder):
+        for name in voc_split(folder, self.split):
             key = sample_key(name)
             if name not in images:
                 yield Reject(key, f"{folder}/JPEGImages/{name}.jpg", f"listed in split {self.split!r} but not there")
@@ -155,25 +155,6 @@ class VocSource:
                     continue
             labels = table.get(name) if table is not None else self._labels(folder, how, name, mask)
             yield judge(key, images[name], labels, mask, keep_unlabelled=self.keep_unlabelled)
-
-    def _folder(self) -> str:
-        tried = [os.path.join(self.root, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"))]
-        for folder in tried:
-            if os.path.isdir(os.path.join(folder, "JPEGImages")):
-                return folder
-        raise ValueError(f"no VOC folder at {self.root}: looked for JPEGImages in {', '.join(tried)}")
-
-    def _split_names(self, folder: str) -> list[str]:
-        lists = os.path.join(folder, "ImageSets", "Segmentation")
-        path = self.split if self.split.endswith(".txt") else os.path.join(lists, f"{self.split}.txt")
-        if not os.path.isfile(path):
-            known = [os.path.splitext(name)[0] for name in storage.list_names(lists)] if os.path.isdir(lists) else []
-            raise ValueError(
-                f"no split {self.split!r} ({path}); known: {known}; nearest: {nearest(self.split, known)!r}"
-            )
-        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
-        # Some published lists have `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` lines instead of ids.
-        return [strip_image_extension(os.path.basename(line.split()[0])) for line in lines if line.strip()]
 
     def _mask_folder(self, folder: str) -> str | None:
         if self.masks is None:
@@ -202,6 +183,27 @@ class VocSource:
             path = os.path.join(folder, "Annotations", f"{name}.xml")
             return read_voc_annotation(path, classes=self.classes, keep_difficult=self.keep_difficult)
         return _labels_from_mask(Sample(name, "", (), mask), num_classes=self.classes.num_classes)
+
+
+def voc_folder(root: str) -> str:
+    """Return the folder with JPEGImages: `root` itself, VOC2012 or VOCdevkit/VOC2012 in it; else a ValueError."""
+    tried = [os.path.join(root, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"))]
+    for folder in tried:
+        if os.path.isdir(os.path.join(folder, "JPEGImages")):
+            return folder
+    raise ValueError(f"no VOC folder at {root}: looked for JPEGImages in {', '.join(tried)}")
+
+
+def voc_split(folder: str, split: str) -> list[str]:
+    """Return the image names of a list in ImageSets/Segmentation, or in a .txt file. Raises ValueError if it is not there."""
+    lists = os.path.join(folder, "ImageSets", "Segmentation")
+    path = split if split.endswith(".txt") else os.path.join(lists, f"{split}.txt")
+    if not os.path.isfile(path):
+        known = [os.path.splitext(name)[0] for name in storage.list_names(lists)] if os.path.isdir(lists) else []
+        raise ValueError(f"no split {split!r} ({path}); known: {known}; nearest: {nearest(split, known)!r}")
+    lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+    # Some published lists have `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` lines instead of ids.
+    return [strip_image_extension(os.path.basename(line.split()[0])) for line in lines if line.strip()]
 
 
 def _labels_from_mask(sample: Sample, *, num_classes: int) -> Labels:
