@@ -9,9 +9,12 @@ import yaml
 from PIL import Image
 
 from dfa import build
+from dfa.build.labelling import seed_images
 from dfa.config import class_set, load
 from dfa.data.classes import ClassSet, own_class_set
 from dfa.data.samples import Reject, Sample
+from dfa.label.scoring import LabelSettings, label_image
+from jobs.own import few
 
 COCO = class_set("classes_coco")
 
@@ -178,6 +181,31 @@ def test_every_prompt_and_template_reaches_the_text_bank(tmp_path):
 def test_a_class_list_of_another_form_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         ClassSet.from_mapping({"names": ["cat", "dog"], "templates": ["a {}."], **change})
+
+
+def test_a_few_images_are_taken_in_turn_from_each_class_and_rejects_are_kept():
+    samples = [Sample(f"a{number}", "", (1, 2)) for number in range(9)] + [
+        Sample("b", "", (2,)),
+        Reject("r", "", "why"),
+    ]
+    samples += [Sample("c0", "", (3,)), Sample("c1", "", (3,))]
+    taken = list(few(samples, 5))
+    assert [one.key for one in taken if isinstance(one, Reject)] == ["r"]
+    assert sorted(one.labels for one in taken if isinstance(one, Sample)) == [(1, 2), (1, 2), (2,), (3,), (3,)]
+    again = {one.key for one in few(reversed(samples), 5)}
+    assert again == {one.key for one in taken}
+    assert len(list(few(samples, 100))) == len(samples)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (2, 400), (400, 2)])
+def test_images_smaller_than_a_patch_or_of_extreme_shape_get_masks_of_their_own_size(size):
+    config = load("demo", ["evaluate.scales=[1.0]"])
+    segmenter = build.segmenter(config, torch.device("cpu"))
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (scores,) = seed_images(segmenter, config, [image], [(1, 3)])
+    settings = LabelSettings(10, build.crf_settings(config), 1.0, 0.0, ())
+    labelled = label_image(image.permute(1, 2, 0).numpy().copy(), scores, None, settings)
+    assert labelled.mask_HW.shape == size and set(labelled.mask_HW.reshape(-1).tolist()) <= {0, 1, 3}
 
 
 def test_labels_outside_the_class_list_reject_their_image_and_name_the_nearest(photos, caplog):

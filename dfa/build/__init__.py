@@ -1,6 +1,6 @@
 """The one composition root: Config -> objects. Only this package and jobs know Config."""
 
-from dfa.build.data import class_set, index, source, source_classes, write_classes
+from dfa.build.data import CLASSES_NAME, class_set, index, source, source_classes, write_classes
 from dfa.build.labelling import (
     checkpoint,
     crf_settings,
@@ -18,6 +18,7 @@ from dfa.build.provenance import code, machine, versions
 from dfa.build.training import loop_plan, pseudo_settings, train_step
 
 __all__ = [
+    "CLASSES_NAME",
     "checkpoint",
     "checkpoint_config",
     "checkpoint_segmenter",

@@ -27,6 +27,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC_BYTES = 8
 _EXIF_ORIENTATION = 274
+_DARKEST = 4096  # cameras of 12 bits write 16: such pictures are said to be unscaled, not taken for night
 # What PIL raises on broken files, by experience and by its sources; anything else is a bug and shall surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -98,7 +99,8 @@ def header(file: BinaryIO, *, max_pixels: int) -> tuple[int, int, bool]:
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
     """Decode a JPEG or PNG completely to RGB.
 
-    Grayscale, palette and CMYK pictures are converted, 16-bit ones keep their upper byte, transparency is dropped.
+    Grayscale, palette and CMYK pictures are converted, 16-bit ones keep their upper byte (12 bits in 16 are
+    refused), transparency is dropped.
 
     Args:
         data: encoded bytes.
@@ -118,7 +120,12 @@ def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
     _check_size(image, max_pixels)
     image = _load(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if 0 < (highest := int(values.max())) < _DARKEST:
+            raise ValueError(
+                f"16-bit picture with values up to {highest} would be almost black: scale them to 0..65535"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.copy()  # the caller's stays as it is
         del image.info["transparency"]  # PIL warns of what it means for a palette
