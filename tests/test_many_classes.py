@@ -30,6 +30,8 @@ from dfa.label.images import ShardFile
 from dfa.label.scoring import ImageScores, LabelSettings, Tally, label_image
 from dfa.label.work import Batch, finish_piece, score_batch
 from dfa.report.figures import Example, class_colour, mask_overlay, present_legend
+from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
+from dfa.train.objective import EngineState
 
 WORDS = ("beetle", "board", "drum", "fish", "kite", "lantern", "pencil")
 NAMES = tuple(" ".join(words) for words in itertools.product(WORDS, repeat=3))[:300]
@@ -245,3 +247,19 @@ def test_the_tally_of_a_thousand_classes_takes_the_room_of_what_an_image_shows()
     total = Tally.zero(settings) + tally + tally
     assert total.sweep.shape == (20, 1001, 1001)
     assert total.sweep.value_E.tolist() == [2] * 60  # three pixels that count, under each threshold
+
+
+def test_the_logits_of_a_batch_take_no_more_memory_than_those_of_coco(tmp_path, shards):
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump({"names": list(NAMES), "templates": ["a {}"]}))
+    given = [f"data.classes={tmp_path}/classes.yaml", f"shards.val={shards.root}", f"shards.train={shards.root}"]
+    settings = config.load("demo", [*given, f"run={tmp_path}/run", "label.batch_pixels=100000"])
+    student = build.segmenter(settings, torch.device("cpu")).student
+    weights = {f"student.{name}": value.contiguous() for name, value in student.state_dict().items()}
+    info = CheckpointInfo(1, 0, 0, None, 0, 1.0, NAMES, build.model_description(settings))
+    save_checkpoint(settings.run, EngineState(weights, {}, {}, 0, 1.0), {}, info)
+    model, seeds = (
+        build.model_pass(settings, "val", limit=0),
+        build.seed_pass(settings, "train", with_crf=True, limit=0),
+    )
+    assert build.factory_plan(settings, [seeds, model]).batch_pixels == 100_000 * 81 // 301
+    assert build.factory_plan(settings, [seeds]).batch_pixels == 100_000

@@ -38,6 +38,8 @@ from dfa.train.starts import RUN_NAME
 
 Labels = Sequence[tuple[int, ...]]
 
+_COCO_CHANNELS = 81
+
 
 def crf_settings(config: Config) -> CrfSettings:
     """The CRF preset."""
@@ -71,9 +73,17 @@ def factory_plan(config: Config, passes: Sequence[LabelPass]) -> FactoryPlan:
         passes=tuple(passes),
         share=share,
         batch_images=label.batch_size,
-        batch_pixels=label.batch_pixels,
+        batch_pixels=_batch_pixels(config, passes),
         crf_images=label.crf_images,
     )
+
+
+def _batch_pixels(config: Config, passes: Sequence[LabelPass]) -> int:
+    """label.batch_pixels, less where the logits of more classes than COCO's would take more memory than those of COCO's."""
+    channels = [
+        1 + len(each.images.class_names) for each in passes if each.scorer != "seed" or config.label.compare_model
+    ]
+    return max(1, config.label.batch_pixels * _COCO_CHANNELS // max(_COCO_CHANNELS, *channels, 0))
 
 
 def label_pass(config: Config, split: str, *, limit: int = 0, output: str = "") -> LabelPass:
