@@ -218,3 +218,24 @@ def test_labels_outside_the_class_list_reject_their_image_and_name_the_nearest(p
         found = {sample.key: sample for sample in build.source(config)}
     assert isinstance(found["2"], Reject)
     assert "unknown class 'dgo'; nearest known: 'dog'" in found["2"].reason and "line 2" in found["2"].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "image,labels\n2.jpg,cat,dog\n",
+            r"line 2 has more cells than the header's \['image', 'labels'\]; several labels",
+        ),
+        ("image;labels\n2.jpg;cat\n", r"no column 'image'; .* a \.csv is separated by commas"),
+    ],
+)
+def test_a_table_of_another_form_says_what_is_needed(photos, text, message):
+    (photos.parent / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build.source_classes(own(photos, f"data.label_file={photos.parent}/labels.csv"))
+
+
+def test_a_folder_that_is_not_there_is_named(photos):
+    with pytest.raises(ValueError, match=r"no folder of images .*/elsewhere"):
+        build.source_classes(own(photos.parent / "elsewhere"))

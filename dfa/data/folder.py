@@ -130,8 +130,10 @@ def image_names(root: str, *, without: str | None = None) -> tuple[list[str], di
         The paths, and how many pictures of other formats lie there, by suffix: they are not read, and a warning says so.
 
     Raises:
-        ValueError: no image there.
+        ValueError: no such folder, or no image there.
     """
+    if not os.path.isdir(root):
+        raise ValueError(f"no folder of images {root}")
     skipped = None if without is None else os.path.realpath(without)
     names, unread = [], Counter[str]()
     for folder, folders, files in os.walk(root):

@@ -131,6 +131,7 @@ def _labelled_rows(
                 raise ValueError(
                     f"{address} line {number} has no column {column!r}; it has {list(row)}; "
                     f"nearest: {nearest(column, map(str, row))!r}"
+                    + ("; a .csv is separated by commas, a .tsv by tabs" if len(row) == 1 else "")
                 )
         image = str(row[image_column]).strip().replace("\\", "/").removeprefix("./")
         cell = row[label_column]
@@ -153,7 +154,12 @@ def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if extension in ("csv", "tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if extension == "csv" else "\t")
         for row in reader:
-            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+            if None in row:  # else the labels behind the last column would be lost without a word
+                raise ValueError(
+                    f"{address} line {reader.line_num} has more cells than the header's {list(reader.fieldnames or ())}; several"
+                    " labels of an image belong into one cell, joined by data.separator, or into several lines"
+                )
+            yield reader.line_num, dict(row)
     elif extension in ("jsonl", "ndjson"):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():

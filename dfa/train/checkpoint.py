@@ -251,14 +251,14 @@ def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) ->
     if len(saved) != len(wanted):
         raise ValueError(
             f"{where} has {len(saved)} foreground classes ({_first(saved)}), this run has {len(wanted)} ({_first(wanted)}):"
-            " give the data set that the checkpoint was trained on"
+            " give the data set that it was trained on, or another run"
         )
     number, (old, new) = next(
         (i, pair) for i, pair in enumerate(zip(saved, wanted, strict=True), 1) if pair[0] != pair[1]
     )
     raise ValueError(
         f"{where} calls class {number} {old!r}, this run calls it {new!r} (both have {len(saved)} classes):"
-        " give the data set that the checkpoint was trained on"
+        " give the data set that it was trained on, or another run"
     )
 
 
@@ -310,7 +310,7 @@ def find_checkpoint(run: Address, which: str) -> str:
     folders = list_checkpoints(run)
     names = [storage.base_name(folder) for folder in folders]
     if not folders:
-        raise ValueError(f"{run} holds no finished checkpoint")
+        raise ValueError(f"{run} holds no finished checkpoint; give the run of a jobs.train, with run=FOLDER")
     if which in ("best", "latest"):
         return (best_checkpoint(run) if which == "best" else None) or folders[-1]
     wanted = f"{_PREFIX}{int(which):08d}" if which.isdigit() else which
