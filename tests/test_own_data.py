@@ -10,7 +10,8 @@ from PIL import Image
 
 from dfa import build
 from dfa.build.labelling import seed_images
-from dfa.config import class_set, load
+from dfa.config import class_set, load, to_yaml
+from dfa.data import storage
 from dfa.data.classes import ClassSet, own_class_set
 from dfa.data.samples import Reject, Sample
 from dfa.label.scoring import LabelSettings, label_image
@@ -239,3 +240,11 @@ def test_a_table_of_another_form_says_what_is_needed(photos, text, message):
 def test_a_folder_that_is_not_there_is_named(photos):
     with pytest.raises(ValueError, match=r"no folder of images .*/elsewhere"):
         build.source_classes(own(photos.parent / "elsewhere"))
+
+
+def test_a_class_list_may_lie_in_an_object_store():
+    storage.make_folder("memory://own")
+    storage.write_atomic("memory://own/classes.yaml", lambda file: file.write(to_yaml(COCO).encode()))
+    assert class_set("memory://own/classes.yaml") == COCO
+    config = load("own", ["shards.train=memory://own"])
+    assert build.class_set(config) == COCO
