@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conf", help="a name in conf/ or the path of a YAML file: demo, with --data own_quick")
     parser.add_argument("--data", metavar="FOLDER", help="your own images instead of a world")
-    parser.add_argument("--images", type=int, default=32, help="how many of them to take (32)")
+    parser.add_argument("--images", type=int, default=20, help="how many of them to take (20)")
     parser.add_argument("--fresh", action="store_true", help="delete the run's folder first")
     parser.add_argument("--second-stage", action="store_true", help="also train a second student on the labels")
     parser.add_argument("--supervised", action="store_true", help="also measure the bound with ground-truth masks")
