@@ -5,6 +5,7 @@ python -m jobs.demo --fresh          starts afresh
 python -m jobs.demo --second-stage   also trains a second student from scratch on the labels of the first
 python -m jobs.demo --supervised     also trains the same decoder on ground truth, the upper bound
 python -m jobs.demo train.seed=1 run=runs/demo1
+python -m jobs.demo --data photos    instead: a first look at your own images, one sub-folder for each class or a labels.csv
 """
 
 import argparse
@@ -22,7 +23,7 @@ import psutil
 from dfa.config import Config, load
 from dfa.train.loop import start_ray
 from dfa.world.folder import write_voc
-from jobs import Result, evaluate, pseudo_label, report, run, shard, train
+from jobs import Result, evaluate, own, pseudo_label, report, run, shard, train
 from jobs.submitted import absolute_paths
 
 log = logging.getLogger("jobs.demo")
@@ -61,10 +62,7 @@ class _PeakMemory:
 def work(config: Config, *, fresh: bool, second_stage: bool, supervised: bool) -> Result:
     """Run every stage; each continues by itself what an earlier run left."""
     folder = Path(config.run)
-    if fresh and folder.exists():
-        _remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).touch()
+    _begin(folder, fresh=fresh)
     started = time.monotonic()
     with _PeakMemory() as memory:
         _stage("drawing the world", lambda: _draw(config, folder))
@@ -115,6 +113,13 @@ def _stage(name: str, stage: Callable[[], Result]) -> Result:
     return result
 
 
+def _begin(folder: Path, *, fresh: bool) -> None:
+    if fresh and folder.exists():
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).touch()
+
+
 def _remove(folder: Path) -> None:
     """Only what a demo made is deleted, never another folder that `run` was set to by mistake."""
     if not (folder / _MARKER).exists():
@@ -160,14 +165,29 @@ def _train_and_score(config: Config) -> Result:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conf", default="demo", help="a name in conf/ or the path of a YAML file")
+    parser.add_argument("--conf", help="a name in conf/ or the path of a YAML file: demo, with --data own_quick")
+    parser.add_argument("--data", metavar="FOLDER", help="your own images instead of a world")
+    parser.add_argument("--images", type=int, default=20, help="how many of them to take (20)")
     parser.add_argument("--fresh", action="store_true", help="delete the run's folder first")
     parser.add_argument("--second-stage", action="store_true", help="also train a second student on the labels")
     parser.add_argument("--supervised", action="store_true", help="also measure the bound with ground-truth masks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     choices = {name: getattr(arguments, name) for name in ("fresh", "second_stage", "supervised")}
-    run(lambda: work(absolute_paths(load(arguments.conf, arguments.overrides), kept=("run",)), **choices))
+
+    def start() -> Result:
+        conf = arguments.conf or (own.CONF if arguments.data else "demo")
+        config = absolute_paths(load(conf, arguments.overrides), kept=("run",))
+        if not arguments.data:
+            return work(config, **choices)
+        if arguments.second_stage or arguments.supervised:
+            raise ValueError(
+                "--second-stage and --supervised are measured on the world; with --data there is no ground truth"
+            )
+        _begin(Path(config.run), fresh=arguments.fresh)
+        return own.work(config, arguments.data, num_images=max(1, arguments.images))
+
+    run(start)
 
 
 if __name__ == "__main__":

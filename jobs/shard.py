@@ -4,6 +4,7 @@ One Ray task a shard. Killed and started again it writes what is missing, to the
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ import ray
 from dfa import build
 from dfa.config import Config
 from dfa.data import writer
+from dfa.data.samples import Reject, Sample
 from dfa.train.loop import start_ray
 from jobs import Result, main
 
@@ -23,14 +25,14 @@ def _write(root: str, item: writer.PlanItem) -> writer.ShardReport:
     return writer.write_shard(root, item)
 
 
-def work(config: Config) -> Result:
-    """Plan, write what is pending in parallel, and finish with the index."""
+def work(config: Config, samples: Iterable[Sample | Reject] | None = None) -> Result:
+    """Plan, write what is pending in parallel, and finish with the index. samples: instead of all of data.root."""
     root, data = config.data.output, config.data
     if not root:
         raise ValueError("data.output is empty: give the folder of the shards to write")
-    classes = build.class_set(config)
+    classes = build.source_classes(config)
     plan = writer.plan_shards(
-        build.source(config),
+        build.source(config) if samples is None else samples,
         class_names=classes.names,
         seed=config.train.seed,
         shuffle=data.shuffle,
@@ -38,6 +40,8 @@ def work(config: Config) -> Result:
         max_pixels=data.max_pixels,
     )
     writer.write_plan(root, plan)
+    if found := build.write_classes(config, classes):
+        log.info("%d classes in %s: look through its background and prompts before training", len(classes.names), found)
     pending = list(writer.pending(root, plan))
     log.info("%d samples in %d shards, %d shards to write", plan.num_samples, len(plan.items), len(pending))
     if pending:

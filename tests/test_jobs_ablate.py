@@ -38,7 +38,7 @@ def test_a_wrong_key_is_told_with_its_variant_before_anything_is_trained(tmp_pat
 def test_the_ablation_of_the_world_is_valid():
     path, content = read_yaml("ablations/world")
     ablation = Ablation.from_mapping(content)
-    assert path == CONF / "ablations" / "world.yaml" and ablation.variants["dfa"] == ()
+    assert path == str(CONF / "ablations" / "world.yaml") and ablation.variants["dfa"] == ()
     for changes in ablation.variants.values():
         load("demo", changes)
 

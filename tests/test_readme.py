@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dfa import config
+from dfa import build
+from dfa.config import class_set, load
 from dfa.world.folder import write_voc
 
 ROOT = Path(__file__).parent.parent
@@ -52,25 +53,33 @@ def commands(title):
     return [line[2:] for line in lines if line[:2] == ["python", "-m"]]
 
 
-def test_the_commands_for_own_images_run_as_they_stand(tmp_path):
+def test_the_commands_for_own_images_run_as_they_stand(tmp_path, monkeypatch):
     own, use = commands("Your own images"), commands("Use the model")
-    assert [command[0] for command in own + use] == [
-        f"jobs.{name}" for name in ("shard", "train", "pseudo_label", "predict")
-    ]
+    first, shard, train, label, example = own
+    names = ("demo", "shard", "train", "pseudo_label", "shard", "predict")
+    assert [command[0] for command in own + use] == [f"jobs.{name}" for name in names]
     (yaml,), (python,) = blocks("Your own images", "yaml"), blocks("Use the model", "python")
     (tmp_path / "my_classes.yaml").write_text(yaml)
     world = write_voc(tmp_path / "world", seed=1, num_train=4, num_val=1)
-    rows = ["image,labels"]
+    voc = tmp_path / "voc_mini/VOCdevkit/VOC2012/JPEGImages"
+    voc.mkdir(parents=True)
+    rows = []
     for number, path in enumerate(sorted(Path(world).rglob("*.jpg"))):
-        name = f"{'trip/' if number % 2 else ''}{number}.jpg"
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "photos" / name).write_bytes(path.read_bytes())
-        rows.append(f"{name},{'cat;bicycle' if number % 2 else 'dog'}")
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
+        for copy in (tmp_path / f"photos/{('cat', 'dog')[number % 2]}/{number}.jpg", voc / f"{number}.jpg"):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+        rows.append(f"{number} {'kite train' if number % 2 else 'shell'}")
+    (tmp_path / "voc_mini/image_labels.txt").write_text("\n".join(rows) + "\n")
+    (sed,) = (line for block in blocks("Your own images") for line in block.splitlines() if line.startswith("sed "))
+    subprocess.run(["bash", "-c", sed], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    samples = build.source(load(example[1], example[2:]))  # what its command would write
+    assert build.source_classes(load(example[1], example[2:])).names == ("kite", "shell", "train")
+    assert [sample.labels for sample in samples] == [(2,), (1, 3), (2,), (1, 3), (2,)]
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "photo.jpg")
 
     without_gpu = re.search(r"Without a GPU add `([^`]*)` to each", (ROOT / "README.md").read_text(encoding="utf-8"))
-    each = [[*command, *without_gpu[1].split(), *QUICK] for command in own + use]
+    each = [[*command, *without_gpu[1].split(), *QUICK] for command in (first, shard, train, label, *use)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(each)],
@@ -82,13 +91,17 @@ def test_the_commands_for_own_images_run_as_they_stand(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    sharded, trained, labelled, predicted, used = results
-    assert (sharded["num_samples"], trained["step"], labelled["num_images"]) == (5, 2, 5)
-    assert sorted(
-        path.relative_to(tmp_path).as_posix() for path in (tmp_path / "runs/mine/predict").rglob("*.png")
-    ) == [f"runs/mine/predict/photos_png/{name}.png" for name in ("0", "2", "4", "trip/1", "trip/3")]
+    looked, sharded, trained, labelled, predicted, used = results
+    assert looked["images_per_class"] == sharded["images_per_class"] == {"cat": 3, "dog": 2}
+    assert len(list(Path(looked["masks"]).glob("*.png"))) == 5 and looked["steps"] == 2
+    assert Path(looked["classes"]).is_file()
+    assert (trained["step"], labelled["num_images"]) == (2, 5)
+    pngs = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "runs/mine/predict").rglob("*.png")}
+    names = ("cat/0", "cat/2", "cat/4", "dog/1", "dog/3")
+    assert pngs == {f"runs/mine/predict/photos_png/{name}.png" for name in names}
     assert predicted["num_rejects"] == 0
-    assert used == {"size": [30, 40], "scores": [4, 30, 40]}
+    assert used == {"size": [30, 40], "scores": [3, 30, 40]}
+    assert class_set(str(tmp_path / "my_classes.yaml")).names == ("cat", "dog", "bicycle")
 
 
 def test_each_command_for_a_number_of_the_paper_names_a_job_and_settings_that_exist():
@@ -103,6 +116,6 @@ def test_each_command_for_a_number_of_the_paper_names_a_job_and_settings_that_ex
     assert len(found) >= 15
     for job, conf, *overrides in found:
         assert (ROOT / f"{job.replace('.', '/')}.py").is_file()
-        config.load(conf, overrides)
+        load(conf, overrides)
     for override in re.findall(r"`(\w+\.\w+=[^`]*)`", table):
-        config.load("voc_dfa", [override])
+        load("voc_dfa", [override])

@@ -1,7 +1,7 @@
 """The one composition root: Config -> objects. Only this package and jobs know Config."""
 
 from dfa.build.analysis import analysis_output, analysis_pairs, analysis_settings, truncation_costs
-from dfa.build.data import class_set, index, source
+from dfa.build.data import CLASSES_NAME, class_set, index, source, source_classes, write_classes
 from dfa.build.labelling import (
     checkpoint,
     crf_settings,
@@ -20,6 +20,7 @@ from dfa.build.provenance import code, machine, versions
 from dfa.build.training import loop_plan, pseudo_settings, train_step
 
 __all__ = [
+    "CLASSES_NAME",
     "analysis_output",
     "analysis_pairs",
     "analysis_settings",
@@ -48,9 +49,11 @@ __all__ = [
     "seed_pass",
     "segmenter",
     "source",
+    "source_classes",
     "train_step",
     "trained_segmenter",
     "truncation_costs",
     "versions",
     "views",
+    "write_classes",
 ]

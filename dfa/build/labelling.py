@@ -27,6 +27,7 @@ from dfa.build.predicting import (
 )
 from dfa.build.training import pseudo_settings
 from dfa.config import ClipConfig, Config
+from dfa.core.void import label_dtype
 from dfa.data import storage
 from dfa.data.shards import ShardIndex, sha256_of
 from dfa.label.crf import PRESETS, CrfSettings
@@ -44,6 +45,8 @@ from dfa.train.starts import RUN_NAME
 
 Labels = Sequence[tuple[int, ...]]
 _PUBLISHED_SIZE = {"square": 320, "long_side": 512}
+
+_COCO_CHANNELS = 81
 
 
 def crf_settings(config: Config) -> CrfSettings:
@@ -78,9 +81,17 @@ def factory_plan(config: Config, passes: Sequence[LabelPass]) -> FactoryPlan:
         passes=tuple(passes),
         share=share,
         batch_images=label.batch_size,
-        batch_pixels=label.batch_pixels,
+        batch_pixels=_batch_pixels(config, passes),
         crf_images=label.crf_images,
     )
+
+
+def _batch_pixels(config: Config, passes: Sequence[LabelPass]) -> int:
+    """label.batch_pixels, less where the logits of more classes than COCO's would take more memory than those of COCO's."""
+    channels = [
+        1 + len(each.images.class_names) for each in passes if each.scorer != "seed" or config.label.compare_model
+    ]
+    return max(1, config.label.batch_pixels * _COCO_CHANNELS // max(_COCO_CHANNELS, *channels, 0))
 
 
 def label_pass(config: Config, split: str, *, limit: int = 0, output: str = "") -> LabelPass:
@@ -290,7 +301,7 @@ def _scorer_maker(config: Config, folder: str, scorers: Collection[str]) -> Call
 def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor], labels: Labels) -> list[ImageScores]:
     """Seeds of images of one size class (3 x H x W uint8) that show `labels` (1..C), with the background's score: what
     a scorer of the factory does."""
-    labels_BC = torch.zeros(len(labels), len(class_set(config).names), dtype=torch.bool)
+    labels_BC = torch.zeros(len(labels), built.student.decoder.classify.out_features - 1, dtype=torch.bool)
     for row, present in zip(labels_BC, labels, strict=True):
         row[[number - 1 for number in present]] = True
     groups = _equal_sizes(images, built.bank_KE.device)
@@ -305,7 +316,7 @@ def seed_images(built: Segmenter, config: Config, images: Sequence[torch.Tensor]
     for seeds in found:
         part = seed_scores(seeds.score_BMHW, seeds.class_BM, seeds.background_BHW, settings)
         if seeds.logits_BCHW is not None:
-            masks_BHW = seeds.logits_BCHW.argmax(1).to(torch.uint8).cpu().numpy()
+            masks_BHW = seeds.logits_BCHW.argmax(1).cpu().numpy().astype(label_dtype(labels_BC.shape[1]))
             part = [replace(each, model_HW=mask_HW) for each, mask_HW in zip(part, masks_BHW, strict=True)]
         scores += part
     return scores

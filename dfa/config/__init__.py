@@ -4,7 +4,18 @@
 key=value overrides, and checks names, types and ranges. Only `dfa.build` and jobs read a Config.
 """
 
-from dfa.config.loading import CONF, class_set, digest, from_sections, load, read_yaml, to_dict
+from dfa.config.loading import CONF, class_set, digest, from_sections, load, read_yaml, to_dict, to_yaml
 from dfa.config.schema import ClipConfig, Config
 
-__all__ = ["CONF", "ClipConfig", "Config", "class_set", "digest", "from_sections", "load", "read_yaml", "to_dict"]
+__all__ = [
+    "CONF",
+    "ClipConfig",
+    "Config",
+    "class_set",
+    "digest",
+    "from_sections",
+    "load",
+    "read_yaml",
+    "to_dict",
+    "to_yaml",
+]

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dfa.config.schema import Config
+from dfa.data import storage
 from dfa.data.classes import ClassSet
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -66,12 +68,17 @@ def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
 
 
 def class_set(name: str) -> ClassSet:
-    """The class list `name` of conf/ or at the path `name`: keys names, prompts, background, templates."""
+    """The class list `name` of conf/, or at the path or address `name`: keys names, prompts, background, templates."""
     path, content = read_yaml(name)
     try:
         return ClassSet.from_mapping(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def to_yaml(classes: ClassSet) -> str:
+    """A class list as the YAML that `class_set` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(classes.to_mapping()))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -93,15 +100,15 @@ def _conf_path(name: str) -> Path:
     return path
 
 
-def read_yaml(name: str) -> tuple[Path, dict[str, Any]]:
-    """The mapping in a YAML file, given by a name in conf/ or by its path, and that path.
+def read_yaml(name: str) -> tuple[str, dict[str, Any]]:
+    """The mapping in a YAML file, given by a name in conf/, by its path or by its address; and where that is.
 
     Raises:
         ValueError: there is no such file, or it holds no mapping.
     """
-    path = _conf_path(name)
+    path = name if "://" in name else str(_conf_path(name))
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(io.BytesIO(storage.read_bytes(path))), resolve=True)
     except Exception as error:  # the YAML parser behind OmegaConf raises its own family
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):

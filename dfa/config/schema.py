@@ -32,7 +32,8 @@ class DataConfig:
     annotations: str = ""  # COCO: the instances JSON
     masks: str = ""  # ground truth: folder of PNGs (VOC: its name; COCO: "annotations"); "": shards without masks
     crowd: str = _choice("class", "class", "void", "drop")  # COCO: what a crowd region is
-    classes: str = "classes_voc"  # name of a YAML in conf/, or a path
+    # name of a YAML in conf/, or a path; auto: what the data names (folders, the labels of a table, COCO's categories)
+    classes: str = "classes_voc"
     unlabelled: str = _choice("reject", "reject", "background")
     samples_per_shard: int = _number(256, 1, 100_000)
     shuffle: bool = True

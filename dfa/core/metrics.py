@@ -1,7 +1,8 @@
 """Mean intersection over union from one additive integer confusion matrix (METHOD section 5).
 
 Confusion matrices are int64, rows the ground truth, columns the prediction, so those of batches, shards or ranks add up to that
-of the split. Classes are 0 background, 1..C foreground; 255 in the ground truth is dropped.
+of the split. Classes are 0 background, 1..C foreground; void in the ground truth (255, or 65535 where classes need that number) is
+dropped.
 """
 
 from collections.abc import Sequence
@@ -9,21 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_IGNORED = 255
+from dfa.core.void import MAX_CLASSES, void_label
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, *, num_classes: int) -> Tensor:
     """Counts pixels: (num_classes, num_classes) int64. Both arguments are integer tensors of one shape, any number of axes.
 
-    num_classes: background included, at most 255. Raises ValueError where the ground truth is neither a class nor 255, or where the
+    num_classes: background included. Raises ValueError where the ground truth is neither a class nor void, or where the
     prediction of a counted pixel is no class.
 
     >>> confusion_matrix(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 255]), num_classes=2)
     tensor([[1, 1],
             [0, 1]])
     """
-    if not 1 <= num_classes <= _IGNORED:
-        raise ValueError(f"num_classes must be in [1, {_IGNORED}], got {num_classes}")
+    if not 1 <= num_classes <= MAX_CLASSES + 1:
+        raise ValueError(f"num_classes must be in [1, {MAX_CLASSES + 1}], got {num_classes}")
     _check_same_shape(prediction, target)
     target_P, counted_P = _counted_target(target, num_classes)
     prediction_P = _integer(prediction, "prediction").reshape(-1)[counted_P]
@@ -98,7 +99,7 @@ def _mean_over_occurring(confusion: Tensor) -> Tensor:
 
 def _counted_target(target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     target_P = _integer(target, "target").reshape(-1)
-    counted_P = target_P != _IGNORED
+    counted_P = target_P != void_label(num_classes - 1)
     target_P = target_P[counted_P]
     _check_range(target_P, num_classes, "target")
     return target_P, counted_P
@@ -115,7 +116,7 @@ def _check_range(labels_P: Tensor, num_classes: int, name: str) -> None:
         return
     low, high = (int(value) for value in torch.aminmax(labels_P))
     if low < 0 or high >= num_classes:
-        extra = " or 255" if name == "target" else ""
+        extra = f" or {void_label(num_classes - 1)}" if name == "target" else ""
         raise ValueError(f"{name} classes must be in [0, {num_classes - 1}]{extra}, got {low if low < 0 else high}")
 
 

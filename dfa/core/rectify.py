@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dfa.core.void import VOID
+
 Student = Literal["inside_mask", "full_row"]
 Pair = tuple[Tensor, Tensor]
-
-_IGNORED = 255
 
 
 @torch.no_grad()
@@ -66,13 +66,13 @@ def alignment_loss(teacher_BNN: Tensor, logit_BNN: Tensor, mask_BNN: Tensor, *, 
 
 
 @torch.no_grad()
-def reliable_masks(relations_BNN: Tensor, label_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reliable_masks(relations_BNN: Tensor, label_BN: Tensor, *, void: int = VOID) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs on which features and pseudo-labels agree: positive_BNN, negative_BNN and known_BNN, bool (METHOD 1.10, DFA's HFAR).
 
-    `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, 255 ignored.
+    `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, void ignored.
     Pairs with an ignored label are in neither and not known. Our reading: the mean is per image and over its known pairs.
     """
-    valid_BN = label_BN != _IGNORED
+    valid_BN = label_BN != void
     known_BNN = valid_BN[:, :, None] & valid_BN[:, None, :]
     num_known_B = known_BNN.sum((1, 2)).clamp_min(1)
     mean_B = (relations_BNN * known_BNN).sum((1, 2)) / num_known_B

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# 0 is background and 255 is void in every mask.
-MAX_CLASSES = 254
+from dfa.core.void import MAX_CLASSES
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,7 +22,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class ClassSet:
     """The C foreground classes of a data set and the texts that stand for them.
 
-    Class `names[c - 1]` has index c in masks and labels; 0 is background, 255 void.
+    Class `names[c - 1]` has index c in masks and labels; 0 is background, and void is what `dfa.core.void` says.
 
     Attributes:
         names: C foreground class names, in index order; no background among them.
@@ -71,8 +70,10 @@ class ClassSet:
         for key in ("names", "templates"):
             if key not in mapping:
                 raise ValueError(f"class list has no {key!r}; needed are names and templates")
-        names = tuple(str(name) for name in mapping["names"])
+        names = _as_names(mapping["names"])
         prompts = mapping.get("prompts") or {}
+        if not isinstance(prompts, Mapping):
+            raise ValueError(f"prompts is {prompts!r}; needed is a mapping of class name to text or list of texts")
         for name in prompts:
             if name not in names:
                 raise ValueError(f"prompts names class {name!r}; nearest in names: {nearest(name, names)!r}")
@@ -82,6 +83,12 @@ class ClassSet:
             background=_as_texts(mapping.get("background") or ()),
             templates=_as_texts(mapping["templates"]),
         )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data that `from_mapping` takes; classes that stand for themselves have no entry in `prompts`."""
+        prompts = {n: list(texts) for n, texts in zip(self.names, self.prompts, strict=True) if texts != (n,)}
+        lists = {"background": list(self.background), "templates": list(self.templates)}
+        return {"names": list(self.names)} | ({"prompts": prompts} if prompts else {}) | lists
 
     @property
     def num_classes(self) -> int:
@@ -111,6 +118,34 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     for bit in range(8):
         colors[:, bit % 3] |= (((index >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
     return colors
+
+
+def own_class_set(names: Sequence[str], *, like: ClassSet) -> ClassSet:
+    """A class list of names alone: each is its own prompt (underscores are spaces), the rest is that of another list.
+
+    Background prompts that one of the names stands for are left out; `background` is no class name and is too.
+
+    Raises:
+        ValueError: no names, the same name twice (whatever its case), or two names with one text.
+    """
+    names = tuple(name for name in names if name.casefold() != "background")
+    texts = tuple(name.replace("_", " ").strip() for name in names)
+    taken = {text.casefold().strip() for text in (*names, *texts)}
+    return ClassSet(
+        names=names,
+        prompts=tuple((text,) for text in texts),
+        background=tuple(text for text in like.background if text.casefold().strip() not in taken),
+        templates=like.templates,
+    )
+
+
+def _as_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"names is {value!r}; needed is a list")
+    for name in value:
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise ValueError(f"names holds {name!r}, which YAML does not take for text; put it in quotes")
+    return tuple(str(name) for name in value)
 
 
 def _as_texts(value: str | Sequence[str]) -> tuple[str, ...]:

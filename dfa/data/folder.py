@@ -92,11 +92,31 @@ class FolderSource:
 
     def _folder_labels(self, name: str) -> Labels:
         folder, slash, _ = name.partition("/")
+        if slash and folder.casefold() == "background":
+            return LabelProblem(
+                f"{NO_LABEL} (the folder {folder!r} is no class; data.unlabelled=background keeps its images)"
+            )
         if not slash:
             return LabelProblem(f"{NO_LABEL} (no label table, and {name!r} lies in no sub-folder named for a class)")
         with contextlib.suppress(ValueError):
             return (self.classes.index(folder),)
         return LabelProblem(f"unknown class folder {folder!r}; nearest known: {nearest(folder, self.classes.names)!r}")
+
+
+def folder_names(root: str, *, masks: str | None) -> tuple[str, ...]:
+    """Return the names of the sub-folders that hold images, sorted: the classes of a folder without a table.
+
+    Raises:
+        ValueError: no image there, or none in a sub-folder.
+    """
+    names, _ = image_names(root, without=None if masks is None else os.path.join(root, masks))
+    found = tuple(sorted({folder for folder, slash, _ in (name.partition("/") for name in names) if slash}))
+    if not found:
+        raise ValueError(
+            f"the {len(names)} images of {root} lie in no sub-folder; put those of a class into a folder of its name, or "
+            "give a table of labels (data.label_file)"
+        )
+    return found
 
 
 def image_names(root: str, *, without: str | None = None) -> tuple[list[str], dict[str, int]]:
@@ -110,8 +130,10 @@ def image_names(root: str, *, without: str | None = None) -> tuple[list[str], di
         The paths, and how many pictures of other formats lie there, by suffix: they are not read, and a warning says so.
 
     Raises:
-        ValueError: no image there.
+        ValueError: no such folder, or no image there.
     """
+    if not os.path.isdir(root):
+        raise ValueError(f"no folder of images {root}")
     skipped = None if without is None else os.path.realpath(without)
     names, unread = [], Counter[str]()
     for folder, folders, files in os.walk(root):

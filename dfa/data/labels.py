@@ -109,20 +109,34 @@ def read_label_table(
         ValueError: unknown file extension, missing column, or a broken line.
     """
     table: dict[str, Labels] = {}
+    for number, image, values in _labelled_rows(address, image_column, label_column, separator):
+        labels = _parse(values, classes=classes, kind=kind, where=f"{address} line {number}")
+        table[image] = _merge(table[image], labels) if image in table else labels
+    return table
+
+
+def table_names(address: str, *, image_column: str, label_column: str, separator: str) -> tuple[str, ...]:
+    """Return all names in the label column of a table, sorted; arguments and errors as in `read_label_table`."""
+    rows = _labelled_rows(address, image_column, label_column, separator)
+    return tuple(sorted({str(value).strip() for _, _, values in rows for value in values}))
+
+
+def _labelled_rows(
+    address: str, image_column: str, label_column: str, separator: str
+) -> Iterator[tuple[int, str, list[Any]]]:
+    """Yield (line number, image, entries of the label cell)."""
     for number, row in _rows(address):
         for column in (image_column, label_column):
             if column not in row:
                 raise ValueError(
                     f"{address} line {number} has no column {column!r}; it has {list(row)}; "
                     f"nearest: {nearest(column, map(str, row))!r}"
+                    + ("; a .csv is separated by commas, a .tsv by tabs" if len(row) == 1 else "")
                 )
         image = str(row[image_column]).strip().replace("\\", "/").removeprefix("./")
         cell = row[label_column]
         values = cell if isinstance(cell, list) else ("" if cell is None else str(cell)).split(separator)
-        values = [value for value in values if str(value).strip()]
-        labels = _parse(values, classes=classes, kind=kind, where=f"{address} line {number}")
-        table[image] = _merge(table[image], labels) if image in table else labels
-    return table
+        yield number, image, [value for value in values if str(value).strip()]
 
 
 def _merge(first: Labels, second: Labels) -> Labels:
@@ -140,7 +154,12 @@ def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if extension in ("csv", "tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if extension == "csv" else "\t")
         for row in reader:
-            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+            if None in row:  # else the labels behind the last column would be lost without a word
+                raise ValueError(
+                    f"{address} line {reader.line_num} has more cells than the header's {list(reader.fieldnames or ())}; several"
+                    " labels of an image belong into one cell, joined by data.separator, or into several lines"
+                )
+            yield reader.line_num, dict(row)
     elif extension in ("jsonl", "ndjson"):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -202,8 +221,8 @@ def read_voc_annotation(address: str, *, classes: ClassSet, keep_difficult: bool
     return _parse(names, classes=classes, kind="names", where=address)
 
 
-def labels_in_mask(mask_HW: npt.NDArray[np.uint8]) -> Labels:
+def labels_in_mask(mask_HW: npt.NDArray[np.uint8 | np.uint16]) -> Labels:
     """Return the foreground classes that occur in a mask (void is none)."""
-    present = np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256)[:255])
+    present = np.flatnonzero(np.bincount(mask_HW.reshape(-1))[: np.iinfo(mask_HW.dtype).max])
     labels = tuple(int(index) for index in present if index > 0)
     return labels or LabelProblem(f"{NO_LABEL} (the mask has no foreground)")

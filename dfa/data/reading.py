@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dfa.core.void import label_dtype, void_label
 from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, read_shard
 from dfa.data.storage import StoreError
-from dfa.data.transforms import VOID, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
+from dfa.data.transforms import LabelArray, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ class Reader:
 
     @property
     def row_bytes(self) -> int:
-        return self.crop.size**2 * (4 + self._has_mask) + self.num_classes + 64
+        mask_bytes = np.dtype(label_dtype(self.num_classes)).itemsize if self._has_mask else 0
+        return self.crop.size**2 * (4 + mask_bytes) + self.num_classes + 64
 
     @property
     def _has_mask(self) -> bool:
@@ -232,7 +234,8 @@ class Reader:
             "valid": np.zeros((size, size), bool),
             "labels": np.zeros(self.num_classes, bool),
         }
-        row |= {"mask": np.full((size, size), VOID, np.uint8)} if self._has_mask else {}
+        if self._has_mask:
+            row["mask"] = np.full((size, size), void_label(self.num_classes), label_dtype(self.num_classes))
         row |= {"given": np.False_} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
 
@@ -248,7 +251,7 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _check_label(label_HW: UInt8Array, image_HW3: UInt8Array, num_classes: int) -> None:
+def _check_label(label_HW: LabelArray, image_HW3: UInt8Array, num_classes: int) -> None:
     if label_HW.shape != image_HW3.shape[:2]:
         raise ValueError(f"pseudo-label is {label_HW.shape}, image is {image_HW3.shape[:2]} (height, width)")
     check_mask_values(label_HW, num_classes=num_classes, where="pseudo-label")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dfa.core.void import label_dtype, void_label
 from dfa.data.labels import NO_LABEL, LabelProblem, Labels
-from dfa.data.transforms import VOID, UInt8Array
+from dfa.data.transforms import LabelArray
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _MAX_KEY_LENGTH = 80
@@ -78,13 +79,19 @@ def sample_key(name: str) -> str:
     return key
 
 
-def check_mask_values(mask_HW: UInt8Array, *, num_classes: int, where: str) -> None:
-    """Raise a ValueError unless all values are 0..C or 255."""
+def check_mask_values(mask_HW: LabelArray, *, num_classes: int, where: str) -> None:
+    """Raise a ValueError unless the type is that of C classes and all values are 0..C or void."""
+    void = void_label(num_classes)
+    if mask_HW.dtype != label_dtype(num_classes):
+        raise ValueError(
+            f"{where} has {8 * mask_HW.itemsize}-bit values; masks of {num_classes} classes have "
+            f"{void.bit_length()}-bit values and {void} for void"
+        )
     values = np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256))
-    wrong = [int(value) for value in values if num_classes < value != VOID]
+    wrong = [int(value) for value in values if num_classes < value != void]
     if wrong:
         hint = " (COCO's original category ids must become 1..80 by ascending id)" if max(wrong) <= 91 else ""
-        raise ValueError(f"{where} has values {wrong[:8]}; allowed are 0..{num_classes} and {VOID}{hint}")
+        raise ValueError(f"{where} has values {wrong[:8]}; allowed are 0..{num_classes} and {void}{hint}")
 
 
 def judge(

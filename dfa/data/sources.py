@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from dfa.core.void import label_dtype, void_label
 from dfa.data import storage
 from dfa.data.classes import ClassSet, nearest
 from dfa.data.folder import FolderSource
@@ -38,7 +39,7 @@ from dfa.data.samples import (
     judge,
     sample_key,
 )
-from dfa.data.transforms import VOID, UInt8Array, decode_mask
+from dfa.data.transforms import LabelArray, decode_mask
 
 __all__ = [
     "ClassSet",
@@ -58,16 +59,16 @@ __all__ = [
 _MAX_MASK_PIXELS = 200_000_000
 
 
-def mask_array(sample: Sample, *, num_classes: int) -> UInt8Array:
-    """Return a sample's ground truth: uint8 (H, W), 0 background, 1..C classes, 255 void.
+def mask_array(sample: Sample, *, num_classes: int) -> LabelArray:
+    """Return a sample's ground truth (H, W): 0 background, 1..C classes, 255 void; type and void are those of C classes.
 
     Raises:
-        ValueError: no mask, an RGB picture of one, or values outside 0..C and 255.
+        ValueError: no mask, an RGB picture of one, or values outside 0..C and void.
     """
     if sample.mask is None:
         raise ValueError(f"sample {sample.key!r} has no mask")
     if isinstance(sample.mask, MaskSegments):
-        mask, where = _paint(sample.mask), f"annotations of {sample.key!r}"
+        mask, where = _paint(sample.mask, label_dtype(num_classes)), f"annotations of {sample.key!r}"
     else:
         where = f"mask {sample.mask.path}"
         try:
@@ -78,15 +79,15 @@ def mask_array(sample: Sample, *, num_classes: int) -> UInt8Array:
     return mask
 
 
-def _paint(mask: MaskSegments) -> UInt8Array:
-    canvas = np.zeros((mask.height, mask.width), np.uint8)
+def _paint(mask: MaskSegments, dtype: str) -> LabelArray:
+    canvas = np.zeros((mask.height, mask.width), dtype)
     for segment in mask.segments:
         code = {"size": [mask.height, mask.width], "counts": segment.counts}
         canvas[coco_mask.decode(code).astype(bool)] = segment.value  # type: ignore[arg-type]
     return canvas
 
 
-def _images_by_stem(folder: str) -> dict[str, str]:
+def images_by_stem(folder: str) -> dict[str, str]:
     """Map stem -> path of the images that lie directly in a folder."""
     return {
         os.path.splitext(name)[0]: os.path.join(folder, name)
@@ -131,8 +132,8 @@ class VocSource:
             raise ValueError("labels='masks' needs masks, the name of the mask folder")
 
     def __iter__(self) -> Iterator[Sample | Reject]:
-        folder = self._folder()
-        images = _images_by_stem(os.path.join(folder, "JPEGImages"))
+        folder = voc_folder(self.root)
+        images = images_by_stem(os.path.join(folder, "JPEGImages"))
         if not images:
             raise ValueError(f"{folder}/JPEGImages holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
         mask_folder = self._mask_folder(folder)
@@ -141,7 +142,7 @@ class VocSource:
         table = None
         if how == "file" and self.label_file is not None:
             table = read_label_text(self.label_file, classes=self.classes, kind=self.label_kind)
-        for name in self._split_names(folder):
+        for name in voc_split(folder, self.split):
             key = sample_key(name)
             if name not in images:
                 yield Reject(key, f"{folder}/JPEGImages/{name}.jpg", f"listed in split {self.split!r} but not there")
@@ -154,25 +155,6 @@ class VocSource:
                     continue
             labels = table.get(name) if table is not None else self._labels(folder, how, name, mask)
             yield judge(key, images[name], labels, mask, keep_unlabelled=self.keep_unlabelled)
-
-    def _folder(self) -> str:
-        tried = [os.path.join(self.root, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"))]
-        for folder in tried:
-            if os.path.isdir(os.path.join(folder, "JPEGImages")):
-                return folder
-        raise ValueError(f"no VOC folder at {self.root}: looked for JPEGImages in {', '.join(tried)}")
-
-    def _split_names(self, folder: str) -> list[str]:
-        lists = os.path.join(folder, "ImageSets", "Segmentation")
-        path = self.split if self.split.endswith(".txt") else os.path.join(lists, f"{self.split}.txt")
-        if not os.path.isfile(path):
-            known = [os.path.splitext(name)[0] for name in storage.list_names(lists)] if os.path.isdir(lists) else []
-            raise ValueError(
-                f"no split {self.split!r} ({path}); known: {known}; nearest: {nearest(self.split, known)!r}"
-            )
-        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
-        # Some published lists have `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` lines instead of ids.
-        return [strip_image_extension(os.path.basename(line.split()[0])) for line in lines if line.strip()]
 
     def _mask_folder(self, folder: str) -> str | None:
         if self.masks is None:
@@ -203,6 +185,27 @@ class VocSource:
         return _labels_from_mask(Sample(name, "", (), mask), num_classes=self.classes.num_classes)
 
 
+def voc_folder(root: str) -> str:
+    """Return the folder with JPEGImages: `root` itself, VOC2012 or VOCdevkit/VOC2012 in it; else a ValueError."""
+    tried = [os.path.join(root, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"))]
+    for folder in tried:
+        if os.path.isdir(os.path.join(folder, "JPEGImages")):
+            return folder
+    raise ValueError(f"no VOC folder at {root}: looked for JPEGImages in {', '.join(tried)}")
+
+
+def voc_split(folder: str, split: str) -> list[str]:
+    """Return the image names of a list in ImageSets/Segmentation, or in a .txt file. Raises ValueError if it is not there."""
+    lists = os.path.join(folder, "ImageSets", "Segmentation")
+    path = split if split.endswith(".txt") else os.path.join(lists, f"{split}.txt")
+    if not os.path.isfile(path):
+        known = [os.path.splitext(name)[0] for name in storage.list_names(lists)] if os.path.isdir(lists) else []
+        raise ValueError(f"no split {split!r} ({path}); known: {known}; nearest: {nearest(split, known)!r}")
+    lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+    # Some published lists have `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` lines instead of ids.
+    return [strip_image_extension(os.path.basename(line.split()[0])) for line in lines if line.strip()]
+
+
 def _labels_from_mask(sample: Sample, *, num_classes: int) -> Labels:
     try:
         return labels_in_mask(mask_array(sample, num_classes=num_classes))
@@ -214,7 +217,7 @@ def _labels_from_mask(sample: Sample, *, num_classes: int) -> Labels:
 class CocoSource:
     """A COCO instances JSON with its image folder.
 
-    Category ids are sorted and become 1..C (the original ids run to 90 with gaps); their names must be the class list.
+    Categories become 1..C by their names, which must be those of the class list (COCO's own ids run to 90 with gaps).
 
     Masks are painted from the annotations: crowd regions first, then objects by descending area (ties by annotation
     id), so that a small object on a large one stays visible.
@@ -222,10 +225,10 @@ class CocoSource:
     Attributes:
         images: folder of `file_name`s.
         annotations: the JSON file.
-        classes: the class list, in order of ascending category id.
+        classes: the class list, in any order.
         masks: paint ground-truth masks.
         crowd: what an `iscrowd` region is. `class`: painted and labelled like an object, as in the field's VOC-style
-            COCO masks; `void`: painted 255, no label; `drop`: ignored.
+            COCO masks; `void`: painted void, no label; `drop`: ignored.
         label_file: text file of `file_stem class class ...` to take instead of the annotations' classes.
         label_kind: how the label file names classes (multi-word names need an index kind).
         keep_unlabelled: keep an image without labels as all-background instead of rejecting it.
@@ -297,11 +300,11 @@ class CocoSource:
         self, image: dict[str, Any], annotations: list[dict[str, Any]], contiguous: dict[int, int]
     ) -> MaskSegments:
         height, width = int(image["height"]), int(image["width"])
-        order = []
+        order, void = [], void_label(self.classes.num_classes)
         for annotation in annotations:
             code = _run_lengths(annotation["segmentation"], height, width)
             crowd = bool(annotation.get("iscrowd"))
-            value = VOID if crowd and self.crowd == "void" else contiguous[annotation["category_id"]]
+            value = void if crowd and self.crowd == "void" else contiguous[annotation["category_id"]]
             rank = (not crowd, -int(coco_mask.area(code)), int(annotation["id"]))  # type: ignore[arg-type]
             order.append((rank, Segment(value, code["counts"])))
         return MaskSegments(height, width, tuple(segment for _, segment in sorted(order, key=lambda pair: pair[0])))
@@ -319,7 +322,32 @@ def read_coco(annotations: str) -> dict[str, Any]:
     for part in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(part), list):
             raise ValueError(f"{annotations} is no COCO instances file: it has no list {part!r}")
+        for number, entry in enumerate(document[part]):
+            _check_entry(entry, _ENTRY_KEYS[part], f"{annotations}, {part}[{number}]")
     return document
+
+
+_ENTRY_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,)},
+    "annotations": {"image_id": (int, str), "category_id": (int,)},
+    "categories": {"id": (int,), "name": (str,)},
+}
+
+
+def _check_entry(entry: Any, keys: dict[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {str(entry)[:80]!r}, not an object")
+    for key, kinds in keys.items():
+        if not isinstance(entry.get(key), kinds):
+            names = " or ".join("text" if kind is str else "a whole number" for kind in kinds)
+            raise ValueError(f"{where} has {key} {entry.get(key)!r}; needed is {names}")
+
+
+def category_names(annotations: str) -> tuple[str, ...]:
+    """Return the names of a file's categories by ascending id. Raises ValueError as `read_coco`."""
+    return tuple(
+        name for _, name in sorted((each["id"], each["name"]) for each in read_coco(annotations)["categories"])
+    )
 
 
 def coco_key(file_name: str) -> str:
@@ -328,20 +356,28 @@ def coco_key(file_name: str) -> str:
 
 
 def contiguous_indices(categories: list[dict[str, Any]], *, classes: ClassSet, where: str) -> dict[int, int]:
-    """Map category id -> 1..C by ascending id, after checking that the names are the class list.
+    """Map category id -> 1..C by name, whatever the ids are.
 
     Raises:
-        ValueError: other names, order or number than the class list, or repeated ids.
+        ValueError: names that are not those of the class list, or repeated ids or names.
     """
-    ordered = sorted((int(category["id"]), str(category["name"])) for category in categories)
-    if len({identity for identity, _ in ordered}) != len(ordered):
-        raise ValueError(f"{where} lists a category id twice")
-    if len(ordered) != classes.num_classes:
-        raise ValueError(f"{where} has {len(ordered)} categories, the class list has {classes.num_classes}")
-    for index, ((identity, name), expected) in enumerate(zip(ordered, classes.names, strict=True), start=1):
-        if name != expected:
-            raise ValueError(f"{where}: category id {identity} is {name!r}, class {index} of the list is {expected!r}")
-    return {identity: index for index, (identity, _) in enumerate(ordered, start=1)}
+    ids = [int(category["id"]) for category in categories]
+    names = [str(category["name"]) for category in categories]
+    for what, entries in (("id", ids), ("name", names)):
+        if len(set(entries)) != len(entries):
+            raise ValueError(f"{where} lists a category {what} twice")
+    if unknown := [name for name in names if name not in classes.names]:
+        raise ValueError(
+            f"{where} has {len(names)} categories, the class list {classes.num_classes}; category {unknown[0]!r} is not in the"
+            f" list (nearest: {nearest(unknown[0], classes.names)!r}); data.classes=auto takes the categories as classes"
+        )
+    if missing := [name for name in classes.names if name not in names]:
+        raise ValueError(
+            f"{where} has {len(names)} categories, the class list {classes.num_classes}; no category is called {missing[0]!r}"
+            f" (nearest: {nearest(missing[0], names)!r})"
+        )
+    index = {name: number for number, name in enumerate(classes.names, start=1)}
+    return {identity: index[name] for identity, name in zip(ids, names, strict=True)}
 
 
 def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Batch:
         image_B3HW: uint8 RGB.
         valid_BHW: bool, False on padding.
         labels_BC: bool, image-level labels; column c - 1 is class c.
-        mask_BHW: uint8 class indices, 255 on void and padding, or None where neither masks nor labels were asked for.
+        mask_BHW: class indices, void on padding too, or None where neither masks nor labels were asked for. uint8 with 255
+            for void; of more than 254 classes int32 with 65535 (torch computes little with uint16).
         keys: sample keys, length B.
         epoch_B: int64.
         sample_B: int64, global number of the sample in the index.
@@ -208,7 +209,7 @@ def to_batch(columns: Mapping[str, Array]) -> Batch:
         image_B3HW=tensor("image"),
         valid_BHW=tensor("valid"),
         labels_BC=tensor("labels"),
-        mask_BHW=tensor("mask") if "mask" in columns else None,
+        mask_BHW=_mask_tensor(columns["mask"][good]) if "mask" in columns else None,
         keys=tuple(str(key) for key in columns["key"][good]),
         epoch_B=tensor("epoch"),
         sample_B=tensor("sample"),
@@ -218,6 +219,10 @@ def to_batch(columns: Mapping[str, Array]) -> Batch:
         ),
         given_B=tensor("given") if "given" in columns else None,
     )
+
+
+def _mask_tensor(mask_BHW: Array) -> Tensor:
+    return torch.from_numpy(mask_BHW if mask_BHW.dtype == np.uint8 else mask_BHW.astype(np.int32))
 
 
 def eval_batches(
@@ -267,7 +272,7 @@ def _eval_batch(pending: Sequence[tuple[RawSample, int, Array, Array]], num_clas
         image_B3HW=image,
         valid_BHW=torch.ones((len(pending), *image.shape[2:]), dtype=torch.bool),
         labels_BC=torch.from_numpy(labels),
-        mask_BHW=torch.from_numpy(np.stack([mask for _, _, _, mask in pending])),
+        mask_BHW=_mask_tensor(np.stack([mask for _, _, _, mask in pending])),
         keys=tuple(raw.key for raw, _, _, _ in pending),
         epoch_B=torch.zeros(len(pending), dtype=torch.int64),
         sample_B=torch.tensor([sample for _, sample, _, _ in pending], dtype=torch.int64),

@@ -16,9 +16,10 @@ import numpy.typing as npt
 from PIL import Image
 
 UInt8Array = npt.NDArray[np.uint8]
+#: Class indices, of the type and with the void of `dfa.core.void`: void is the largest value of the type.
+LabelArray = npt.NDArray[np.uint8 | np.uint16]
 BoolArray = npt.NDArray[np.bool_]
 
-VOID = 255
 #: CLIP's mean colour: padding normalises to about zero, so that the frozen encoder sees nothing there.
 CLIP_MEAN_COLOR = (123, 117, 104)
 
@@ -26,6 +27,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC_BYTES = 8
 _EXIF_ORIENTATION = 274
+_DARKEST = 4096  # cameras of 12 bits write 16: such pictures are said to be unscaled, not taken for night
 # What PIL raises on broken files, by experience and by its sources; anything else is a bug and shall surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -97,7 +99,8 @@ def header(file: BinaryIO, *, max_pixels: int) -> tuple[int, int, bool]:
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
     """Decode a JPEG or PNG completely to RGB.
 
-    Grayscale, palette and CMYK pictures are converted, 16-bit ones keep their upper byte, transparency is dropped.
+    Grayscale, palette and CMYK pictures are converted, 16-bit ones keep their upper byte (12 bits in 16 are
+    refused), transparency is dropped.
 
     Args:
         data: encoded bytes.
@@ -117,39 +120,52 @@ def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
     _check_size(image, max_pixels)
     image = _load(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if 0 < (highest := int(values.max())) < _DARKEST:
+            raise ValueError(
+                f"16-bit picture with values up to {highest} would be almost black: scale them to 0..65535"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.copy()  # the caller's stays as it is
         del image.info["transparency"]  # PIL warns of what it means for a palette
     return np.array(image.convert("RGB"))
 
 
-def decode_mask(data: bytes, *, max_pixels: int) -> UInt8Array:
-    """Decode a class-index mask: a palette or 8-bit grey PNG whose *values* are classes (0 background, 255 void).
+def decode_mask(data: bytes, *, max_pixels: int) -> LabelArray:
+    """Decode a class-index mask: a PNG whose *values* are classes (0 background, 255 void), palette or 8-bit grey; of
+    more than 254 classes 16-bit grey (65535 void). Which of the two a data set has, `check_mask_values` knows.
 
     Returns:
-        uint8 (H, W).
+        uint8 (H, W), or uint16 from a 16-bit PNG.
 
     Raises:
-        ValueError: not a PNG, an RGB picture of a mask (the palette's colours instead of indices), 1- or 16-bit values.
+        ValueError: not a PNG, an RGB picture of a mask (the palette's colours instead of indices), 1-bit values.
     """
     if image_extension(data) != "png":
         raise ValueError("mask is a JPEG: lossy compression changes class indices, a PNG is needed")
     image = _load(_open(io.BytesIO(data), max_pixels=max_pixels))
+    if image.mode.startswith("I"):
+        return np.array(image).astype(np.uint16)
     if image.mode not in ("P", "L"):
         raise ValueError(
             f"mask has mode {image.mode}, not class indices: needed is a palette (P) or 8-bit grey (L) PNG "
-            "with 0 for background, 1..C for classes and 255 for void"
+            "with 0 for background, 1..C for classes and 255 for void (16-bit grey and 65535 above 254 classes)"
         )
     return np.array(image)
 
 
-def encode_mask(mask_HW: UInt8Array, palette: UInt8Array) -> bytes:
-    """Encode class indices (H, W) as a palette PNG; `palette` is (256, 3) uint8. Same input, same bytes."""
-    if mask_HW.dtype != np.uint8 or mask_HW.ndim != 2:
-        raise ValueError(f"mask must be uint8 (H, W), got {mask_HW.dtype} {mask_HW.shape}")
-    image = Image.fromarray(mask_HW).convert("L")
-    image.putpalette(palette.reshape(-1).tolist())
+def encode_mask(mask_HW: LabelArray, palette: UInt8Array) -> bytes:
+    """Encode class indices (H, W) as a palette PNG; `palette` is (256, 3) uint8. Same input, same bytes.
+
+    uint16 indices become a 16-bit grey PNG: a palette has 256 colours.
+    """
+    if mask_HW.dtype not in (np.uint8, np.uint16) or mask_HW.ndim != 2:
+        raise ValueError(f"mask must be uint8 or uint16 (H, W), got {mask_HW.dtype} {mask_HW.shape}")
+    image = Image.fromarray(mask_HW)
+    if mask_HW.dtype == np.uint8:
+        image = image.convert("L")
+        image.putpalette(palette.reshape(-1).tolist())
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
@@ -178,12 +194,12 @@ class Augmented:
     Attributes:
         image: uint8 (S, S, 3).
         valid: bool (S, S), False on padding.
-        mask: uint8 (S, S) with 255 on padding, or None when the sample has no mask.
+        mask: (S, S) with void on padding, or None when the sample has no mask.
     """
 
     image: UInt8Array
     valid: BoolArray
-    mask: UInt8Array | None
+    mask: LabelArray | None
 
 
 @dataclass(frozen=True)
@@ -209,7 +225,7 @@ def _nearest_index(window: _Window, scaled: int, original: int) -> npt.NDArray[n
 
 def augment(
     image_HW3: UInt8Array,
-    mask_HW: UInt8Array | None,
+    mask_HW: LabelArray | None,
     *,
     size: int,
     scale_range: tuple[float, float],
@@ -225,7 +241,7 @@ def augment(
 
     Args:
         image_HW3: uint8 (H, W, 3).
-        mask_HW: uint8 (H, W) of class indices, or None.
+        mask_HW: (H, W) of class indices, or None.
         size: side S of the crop in pixels.
         scale_range: smallest and largest scale factor, drawn uniformly.
         flip_probability: chance of a horizontal flip.
@@ -260,7 +276,7 @@ def augment(
     valid[inside] = True
     mask = None
     if mask_HW is not None:
-        mask = np.full((size, size), VOID, np.uint8)
+        mask = np.full((size, size), np.iinfo(mask_HW.dtype).max, mask_HW.dtype)
         rows, columns = _nearest_index(y, scaled_height, height), _nearest_index(x, scaled_width, width)
         mask[inside] = mask_HW[rows[:, None], columns[None, :]]
     if flip_draw < flip_probability:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from dfa.core.analysis.truncation import block_annotation
+from dfa.core.void import void_label
 from dfa.data import storage
 from dfa.data.classes import voc_palette
 from dfa.data.folder import image_names
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import RawSample, SampleRow, ShardIndex, read_shard
-from dfa.data.transforms import UInt8Array, decode_mask, encode_mask
+from dfa.data.transforms import LabelArray, decode_mask, encode_mask
 from dfa.label.claim import Claim, UnwritableError
 from dfa.label.images import ShardFile, problem_of
 from dfa.label.output import (
@@ -42,9 +43,9 @@ logger = logging.getLogger(__name__)
 _NO_MASK = "the image shard holds no mask of it"
 
 
-def block_mask(mask_HW: UInt8Array, grid: int) -> UInt8Array:
-    """`block_annotation` of one mask, uint8 (H, W)."""
-    return block_annotation(torch.from_numpy(mask_HW), grid=grid).numpy()
+def block_mask(mask_HW: LabelArray, grid: int) -> LabelArray:
+    """`block_annotation` of one mask (H, W)."""
+    return block_annotation(torch.from_numpy(mask_HW.astype(np.int32)), grid=grid).numpy().astype(mask_HW.dtype)
 
 
 def write_block_labels(index: ShardIndex, output: str, *, grid: int, max_pixels: int) -> LabelReport:
@@ -93,8 +94,8 @@ def _write_shard(
 
 def _labelled(
     index: ShardIndex, shard: str, grid: int, max_pixels: int
-) -> Iterator[tuple[LabelRecord, UInt8Array] | LabelReject]:
-    palette = voc_palette()
+) -> Iterator[tuple[LabelRecord, LabelArray] | LabelReject]:
+    palette, void = voc_palette(), void_label(len(index.class_names))
     for raw in read_shard(index.path(shard)):
         try:
             if raw.mask is None:
@@ -105,7 +106,7 @@ def _labelled(
             yield LabelReject(raw.key, str(error))
             continue
         mask_HW = block_mask(truth_HW, grid)
-        row, classes = _row(raw), [int(value) for value in np.unique(mask_HW) if value != 255]
+        row, classes = _row(raw), [int(value) for value in np.unique(mask_HW) if value != void]
         kept = Agreement(float((mask_HW == truth_HW).mean()), None, None)
         note = describe(row, index.class_names, classes, mask_HW, 1.0)
         members = {"png": encode_mask(mask_HW, palette), "json": note}
@@ -116,10 +117,11 @@ def _row(raw: RawSample) -> SampleRow:
     return SampleRow(raw.key, raw.shard, raw.row, raw.labels, raw.width, raw.height, has_mask=True)
 
 
-def _counted(mask_HW: UInt8Array, settings: LabelSettings) -> Tally:
-    pixels = torch.from_numpy(np.bincount(mask_HW.reshape(-1), minlength=256))
+def _counted(mask_HW: LabelArray, settings: LabelSettings) -> Tally:
+    void = void_label(settings.num_classes)
+    pixels = torch.from_numpy(np.bincount(mask_HW.reshape(-1), minlength=void + 1))
     counted = pixels[: settings.num_classes + 1]
-    return replace(Tally.zero(settings), num_images=1, void_pixels=int(pixels[255]), pixels_C=counted)
+    return replace(Tally.zero(settings), num_images=1, void_pixels=int(pixels[void]), pixels_C=counted)
 
 
 def write_block_pngs(source: str, output: str, *, grid: int, max_pixels: int) -> int:

@@ -7,6 +7,8 @@ from types import MappingProxyType
 import numpy as np
 from pydensecrf.densecrf import DenseCRF2D
 
+from dfa.core.void import MAX_CLASSES, label_dtype
+
 # The library counts with 32-bit integers; its bilateral lattice holds six vertices a pixel.
 _MAX_CELLS = 2**31 - 1
 _LATTICE_VERTICES = 6
@@ -98,11 +100,11 @@ def dense_crf(image_HW3: np.ndarray, probability_KHW: np.ndarray, settings: CrfS
 def crf_labels(
     image_HW3: np.ndarray, probability_KHW: np.ndarray, class_ids: Sequence[int], settings: CrfSettings
 ) -> np.ndarray:
-    """The CRF's most probable class as a mask: (H, W) uint8 of ``class_ids``.
+    """The CRF's most probable class as a mask: (H, W) of ``class_ids``, uint8 or, where one is above 254, uint16.
 
     Args:
         probability_KHW: background and present classes only.
-        class_ids: the mask value (0..254) of each of the K rows, e.g. ``(0, 7, 15)``.
+        class_ids: the mask value of each of the K rows, e.g. ``(0, 7, 15)``.
 
     Raises:
         ValueError: as :func:`dense_crf`, and class ids that are repeated, out of range or not K.
@@ -110,9 +112,11 @@ def crf_labels(
     ids = np.asarray(class_ids, np.int64)
     if ids.shape != (len(probability_KHW),) or len(set(ids.tolist())) != len(ids):
         raise ValueError(f"expected {len(probability_KHW)} distinct class ids, one a row, got {list(class_ids)}")
-    if ids.size and not 0 <= ids.min() <= ids.max() <= 254:
-        raise ValueError(f"class ids of a uint8 mask must be in 0..254 (255 is void), got {list(class_ids)}")
-    return ids.astype(np.uint8)[dense_crf(image_HW3, probability_KHW, settings).argmax(axis=0)]
+    if ids.size and not 0 <= ids.min() <= ids.max() <= MAX_CLASSES:
+        raise ValueError(f"class ids of a mask must be in 0..{MAX_CLASSES}, got {list(class_ids)}")
+    return ids.astype(label_dtype(int(ids.max(initial=0))))[
+        dense_crf(image_HW3, probability_KHW, settings).argmax(axis=0)
+    ]
 
 
 def _check(image_HW3: np.ndarray, probability_KHW: np.ndarray) -> None:

@@ -150,13 +150,16 @@ def read_soft(png: bytes, num_classes_in_image: int) -> UInt8Array:
         stacked = decode_mask(png, max_pixels=num_classes_in_image * _MAX_MAP_PIXELS)
     except ValueError as error:
         raise ValueError(f"soft maps cannot be read: {error}") from error
+    if stacked.dtype != np.uint8:
+        raise ValueError(f"soft maps are {8 * stacked.itemsize}-bit, not 8-bit")
     if stacked.shape[0] % num_classes_in_image:
         raise ValueError(f"soft maps are {stacked.shape[0]} pixels high, no multiple of {num_classes_in_image} classes")
-    return stacked.reshape(num_classes_in_image, -1, stacked.shape[1])
+    return stacked.astype(np.uint8, copy=False).reshape(num_classes_in_image, -1, stacked.shape[1])
 
 
 def export_pngs(root: str, folder: str, names: Mapping[str, str] | None = None) -> int:
-    """Write the masks of a finished folder of labels as FOLDER/KEY.png (VOC's palette); return their number.
+    """Write the masks of a finished folder of labels as FOLDER/KEY.png (VOC's palette; 16-bit grey above 254 classes);
+    return their number.
 
     A file that has these bytes already is left alone, so that an export that was killed continues where it was. Masks of
     an earlier export that the labels no longer have are deleted (pngs.json in the folder of labels lists what was
@@ -219,7 +222,7 @@ def export_coco(
 
     Masks are semantic: an annotation is *all* of one class in one image, not one object. It has `segmentation`
     (compressed run lengths), `area`, `bbox` [x, y, width, height], `iscrowd` 0, and `score`, the image's mean
-    confidence. Pixels that are 255 belong to no annotation; an image without foreground is in `images` alone.
+    confidence. Void pixels belong to no annotation; an image without foreground is in `images` alone.
 
     Args:
         root: the folder of labels.
@@ -397,7 +400,7 @@ def _regions(row: LabelRow, sample: RawSample, num_classes: int) -> Iterator[tup
     if mask_HW.shape != (row.height, row.width):
         raise ValueError(f"{where}: the mask is {mask_HW.shape}, its row says {(row.height, row.width)}")
     check_mask_values(mask_HW, num_classes=num_classes, where=where)
-    present = [int(value) for value in np.flatnonzero(np.bincount(mask_HW.reshape(-1), minlength=256))]
+    present = [int(value) for value in np.flatnonzero(np.bincount(mask_HW.reshape(-1)))]
     for label in (value for value in present if 1 <= value <= num_classes):
         code: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW == label, np.uint8))  # type: ignore[assignment]
         yield (

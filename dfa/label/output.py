@@ -1,7 +1,8 @@
 """Label shards on disk, joined by key with the image shards that they label. In one folder, in commit order:
 
     plan.json                  which labels these are (`dfa.label.claim`); a folder without it is never written into
-    shard-000000.tar           KEY.png (palette PNG, 0..C and 255) and KEY.json (labels, size, pixels by class, confidence);
+    shard-000000.tar           KEY.png (palette PNG, 0..C and 255; of more than 254 classes 16-bit grey, void 65535) and
+                               KEY.json (labels, size, pixels by class, confidence);
                                where asked for KEY.soft.png (8-bit maps below each other, in the order of the JSON's
                                "classes") and KEY.confidence.png (8-bit); KEY.model.png, the model's own mask, where it
                                was compared with
@@ -32,19 +33,24 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 
 from dfa.data import storage
 from dfa.data.offline import LABELS_KIND
 from dfa.data.shards import FORMAT_VERSION, INDEX_NAME, SAMPLES_NAME, SampleRow
 from dfa.data.writer import add_member, marker_address, write_json
 from dfa.label.claim import UnwritableError
+from dfa.label.counts import Counts
 from dfa.label.scoring import Agreement, LabelSettings, Tally
 
 MASK_EXTENSION, SOFT_EXTENSION, CONFIDENCE_EXTENSION = "png", "soft.png", "confidence.png"
 TIMINGS_FOLDER = "timings"
 _OWN_NAME = re.compile(r"shard-\d+\.(tar|json)")
-_COUNTS = ("pixels_C", "argmax_CC", "mask_CC", "sweep_TCC", "other_PCC")
+_MATRICES = {
+    "argmax": "argmax_CC",
+    "mask": "mask_CC",
+    "sweep": "sweep_TCC",
+    "other": "other_PCC",
+}  # as markers call them
 _SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.string()),
@@ -316,7 +322,7 @@ def describe(
 ) -> bytes:
     """KEY.json: the image-level labels, the mask's size, its pixels per class, the classes that took part (background
     first) and the mean confidence."""
-    pixels = np.bincount(mask_HW.reshape(-1), minlength=256)
+    pixels = np.bincount(mask_HW.reshape(-1))
     document = {
         "key": sample.key,
         "labels": list(sample.labels),
@@ -332,7 +338,8 @@ def describe(
 
 def judge(sample: SampleRow, mask_HW: np.ndarray, confidence: float, agreement: Agreement) -> Quality:
     """The quality of one label."""
-    pixels = np.bincount(mask_HW.reshape(-1), minlength=256)
+    void = np.iinfo(mask_HW.dtype).max
+    pixels = np.bincount(mask_HW.reshape(-1), minlength=void + 1)
     return Quality(
         key=sample.key,
         row=sample.row,
@@ -340,7 +347,7 @@ def judge(sample: SampleRow, mask_HW: np.ndarray, confidence: float, agreement: 
         width=int(mask_HW.shape[1]),
         height=int(mask_HW.shape[0]),
         confidence=round(confidence, 6),
-        void_share=round(float(pixels[255] / mask_HW.size), 6),
+        void_share=round(float(pixels[void] / mask_HW.size), 6),
         empty=tuple(index for index in sample.labels if not pixels[index]),
         agreement_seed=round(agreement.seed, 6),
         agreement_model=None if agreement.model is None else round(agreement.model, 6),
@@ -356,18 +363,16 @@ def total_tally(tallies: Sequence[Tally], settings: LabelSettings) -> Tally:
 def _tally_to_plain(tally: Tally) -> dict[str, Any]:
     """Counts of many classes are mostly zero: only the others are written."""
     plain: dict[str, Any] = {name: getattr(tally, name) for name in ("num_images", "num_truth", "void_pixels")}
-    for name in _COUNTS:
-        counts = getattr(tally, name).reshape(-1)
-        places = counts.nonzero()[:, 0]
-        plain[name] = [places.tolist(), counts[places].tolist()]
-    return plain
+    counts = {"pixels_C": Counts.of(tally.pixels_C)} | {_MATRICES[name]: getattr(tally, name) for name in _MATRICES}
+    return plain | {name: [each.place_E.tolist(), each.value_E.tolist()] for name, each in counts.items()}
 
 
 def _tally_from_plain(plain: dict[str, Any], settings: LabelSettings) -> Tally:
     zero = Tally.zero(settings)
-    counts: dict[str, Any] = {}
-    for name in _COUNTS:
-        counts[name] = getattr(zero, name).clone()
-        places, values = plain.pop(name)
-        counts[name].view(-1)[torch.tensor(places, dtype=torch.int64)] = torch.tensor(values, dtype=torch.int64)
-    return Tally(**plain, **counts)
+
+    def counts(name: str, shape: tuple[int, ...]) -> Counts:
+        return Counts(shape, *(np.array(numbers, np.int64) for numbers in plain.pop(name)))
+
+    pixels_C = counts("pixels_C", tuple(zero.pixels_C.shape)).dense()
+    matrices: dict[str, Any] = {name: counts(_MATRICES[name], getattr(zero, name).shape) for name in _MATRICES}
+    return Tally(**plain, pixels_C=pixels_C, **matrices)

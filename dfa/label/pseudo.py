@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dfa.core.void import void_label
 from dfa.label.refine import RefineSettings, refine_with
-
-VOID = 255
-"""The label of pixels that no loss and no score may use."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class PseudoSettings:
         and less than ``high`` become VOID. With a constant background of 0.45, (-0.1, 0.1) is the field's pair of
         thresholds 0.35 / 0.55.
     refine: pixel-adaptive refinement of the scores, or None for plain bilinear upsampling.
-    void: the label of undecided and padded pixels; must not be a class index (255 serves up to 254 classes).
+    void: the label of undecided and padded pixels; must not be a class index. None: that of so many classes.
     """
 
     background: Literal["constant", "power", "prompts"]
@@ -35,7 +33,7 @@ class PseudoSettings:
     gamma: float
     band: tuple[float, float] | None
     refine: RefineSettings | None
-    void: int = VOID
+    void: int | None = None
 
     def __post_init__(self) -> None:
         if self.background not in ("constant", "power", "prompts"):
@@ -189,10 +187,9 @@ def pseudo_labels(
         raise ValueError(
             f"CAM (B,N,>=C) does not fit labels (B,C): {tuple(cam_BNC.shape)} against {tuple(labels_BC.shape)}"
         )
-    if 0 <= settings.void <= num_classes:
-        raise ValueError(
-            f"void label {settings.void} is a class index of this set of {num_classes} classes; choose another"
-        )
+    void = void_label(num_classes) if settings.void is None else settings.void
+    if 0 <= void <= num_classes:
+        raise ValueError(f"void label {void} is a class index of this set of {num_classes} classes; choose another")
     size = (image_B3HW.shape[2], image_B3HW.shape[3])
     with torch.no_grad():
         class_BM = present_classes(labels_BC)
@@ -203,5 +200,5 @@ def pseudo_labels(
         scores = to_pixels(scores, size) if refine is None else refine_with(image_B3HW, scores, refine)
         unused = functional.pad(class_BM == 0, (1, 0))
         scores = scores.masked_fill(unused[:, :, None, None], -1)
-        mask = label_scores(scores, class_BM, band=settings.band, valid_BHW=valid_BHW, void=settings.void)
+        mask = label_scores(scores, class_BM, band=settings.band, valid_BHW=valid_BHW, void=void)
     return PseudoLabels(mask, patch_labels(mask, grid), scores, class_BM)

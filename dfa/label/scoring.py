@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from dfa.core.metrics import confusion_matrix, threshold_confusion
+from dfa.core.void import label_dtype, void_label
+from dfa.data.transforms import LabelArray, UInt8Array
+from dfa.label.counts import Counts
 from dfa.label.crf import CrfSettings, dense_crf
-from dfa.label.pseudo import VOID, PseudoSettings, background_score
+from dfa.label.pseudo import PseudoSettings, background_score
 
 FloatArray = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
 
 MODEL_EXTENSION = "model.png"  # of the member that keeps `ImageScores.model_HW`
 
@@ -29,7 +31,7 @@ class ImageScores:
 
     score_KHW: FloatArray
     class_ids: tuple[int, ...]
-    model_HW: UInt8Array | None = None
+    model_HW: LabelArray | None = None
 
 
 @dataclass(frozen=True)
@@ -66,31 +68,47 @@ class LabelSettings:
 class Tally:
     """Integer counts of any number of images; they add up.
 
-    Tensors are int64. pixels_C: pixels of each class in the masks (background first), void_pixels beside them.
-    num_truth: images with a ground truth, which alone enter the confusion matrices (rows truth, columns prediction):
-    sweep_TCC the seed under each threshold, argmax_CC the scores as they are, mask_CC the mask before its void band,
-    other_PCC the mask of each of `other_crfs`.
+    pixels_C: int64, pixels of each class in the masks (background first), void_pixels beside them. num_truth: images
+    with a ground truth, which alone enter the confusion matrices (rows truth, columns prediction): sweep the seed under
+    each threshold, argmax the scores as they are, mask the mask before its void band, other the mask of each of
+    `other_crfs`. `sweep_TCC`, `argmax_CC`, `mask_CC` and `other_PCC` are these as int64 tensors.
     """
 
     num_images: int
     num_truth: int
     void_pixels: int
     pixels_C: Tensor
-    argmax_CC: Tensor
-    mask_CC: Tensor
-    sweep_TCC: Tensor
-    other_PCC: Tensor
+    argmax: Counts
+    mask: Counts
+    sweep: Counts
+    other: Counts
 
     @staticmethod
     def zero(settings: LabelSettings) -> "Tally":
         """The tally of no image."""
         size = settings.num_classes + 1
-        counts = (torch.zeros(size, dtype=torch.int64), *(torch.zeros(size, size, dtype=torch.int64) for _ in range(2)))
-        several = (len(settings.thresholds), len(settings.other_crfs))
-        return Tally(0, 0, 0, *counts, *(torch.zeros(number, size, size, dtype=torch.int64) for number in several))
+        square = Counts.zero(size, size)
+        several = (Counts.zero(len(each), size, size) for each in (settings.thresholds, settings.other_crfs))
+        return Tally(0, 0, 0, torch.zeros(size, dtype=torch.int64), square, square, *several)
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, name) + getattr(other, name) for name in Tally.__dataclass_fields__))
+
+    @property
+    def argmax_CC(self) -> Tensor:
+        return self.argmax.dense()
+
+    @property
+    def mask_CC(self) -> Tensor:
+        return self.mask.dense()
+
+    @property
+    def sweep_TCC(self) -> Tensor:
+        return self.sweep.dense()
+
+    @property
+    def other_PCC(self) -> Tensor:
+        return self.other.dense()
 
 
 @dataclass(frozen=True)
@@ -108,12 +126,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """mask_HW: 0..C and 255. confidence: mean probability of the winners. tally: of this image alone.
+    """mask_HW: 0..C and void. confidence: mean probability of the winners. tally: of this image alone.
 
     soft_KHW, confidence_HW: probabilities * 255, where the settings ask for them.
     """
 
-    mask_HW: UInt8Array
+    mask_HW: LabelArray
     confidence: float
     tally: Tally
     agreement: Agreement
@@ -167,29 +185,30 @@ def model_scores(
 
 
 def label_image(
-    image_HW3: UInt8Array, scores: ImageScores, truth_HW: UInt8Array | None, settings: LabelSettings
+    image_HW3: UInt8Array, scores: ImageScores, truth_HW: LabelArray | None, settings: LabelSettings
 ) -> LabelledImage:
     """Scores -> CRF -> mask, and what there is to count.
 
     Args:
-        image_HW3: RGB. truth_HW: ground truth of 0..C and 255, or None.
+        image_HW3: RGB. truth_HW: ground truth of 0..C and void, or None.
 
     Raises:
         ValueError: sizes that do not fit.
     """
-    ids_K = np.asarray(scores.class_ids, np.uint8)
+    void = void_label(settings.num_classes)
+    ids_K = np.asarray(scores.class_ids, label_dtype(settings.num_classes))
     argmax_HW = ids_K[scores.score_KHW.argmax(0)]  # ties go to the background, then to the lower class
     unary_KHW = scores.score_KHW if settings.sharpness == 1 else scores.score_KHW**settings.sharpness
     unary_KHW = unary_KHW / unary_KHW.sum(0).clip(1e-12)
     probability_KHW = unary_KHW if settings.crf is None else dense_crf(image_HW3, unary_KHW, settings.crf)
     mask_HW, best_HW = ids_K[probability_KHW.argmax(0)], probability_KHW.max(0)
     confusions = _confusions(scores, argmax_HW, mask_HW, truth_HW, settings)
-    final_HW = np.where(best_HW < settings.min_confidence, np.uint8(VOID), mask_HW)
-    pixels = torch.from_numpy(final_HW).reshape(-1).bincount(minlength=256)
+    final_HW = np.where(best_HW < settings.min_confidence, ids_K.dtype.type(void), mask_HW)
+    pixels = torch.from_numpy(np.bincount(final_HW.reshape(-1), minlength=void + 1))
     tally = Tally(
         1,
         int(truth_HW is not None),
-        int(pixels[VOID]),
+        int(pixels[void]),
         pixels[: settings.num_classes + 1],
         *confusions,
         _other_confusions(image_HW3, unary_KHW, ids_K, truth_HW, settings),
@@ -208,7 +227,7 @@ def _eight_bits(probability: np.ndarray) -> UInt8Array:
     return np.rint(probability * 255).clip(0, 255).astype(np.uint8)
 
 
-def _agreement(argmax_HW: UInt8Array, mask_HW: UInt8Array, model_HW: UInt8Array | None) -> Agreement:
+def _agreement(argmax_HW: LabelArray, mask_HW: LabelArray, model_HW: LabelArray | None) -> Agreement:
     seed = float((argmax_HW == mask_HW).mean())
     if model_HW is None:
         return Agreement(seed, None, None)
@@ -217,60 +236,62 @@ def _agreement(argmax_HW: UInt8Array, mask_HW: UInt8Array, model_HW: UInt8Array 
 
 def _confusions(
     scores: ImageScores,
-    argmax_HW: UInt8Array,
-    mask_HW: UInt8Array,
-    truth_HW: UInt8Array | None,
+    argmax_HW: LabelArray,
+    mask_HW: LabelArray,
+    truth_HW: LabelArray | None,
     settings: LabelSettings,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Counts, Counts, Counts]:
     if truth_HW is None:
         zero = Tally.zero(settings)
-        return zero.argmax_CC, zero.mask_CC, zero.sweep_TCC
-    truth = torch.tensor(truth_HW)  # a copy: what comes from Ray's store is read-only
-    argmax_CC, mask_CC = (
-        confusion_matrix(torch.from_numpy(label_HW), truth, num_classes=settings.num_classes + 1)
+        return zero.argmax, zero.mask, zero.sweep
+    truth, size = torch.from_numpy(truth_HW.astype(np.int64)), settings.num_classes + 1
+    argmax, mask = (
+        Counts.of(confusion_matrix(torch.from_numpy(label_HW.astype(np.int64)), truth, num_classes=size))
         for label_HW in (argmax_HW, mask_HW)
     )
-    return argmax_CC, mask_CC, sweep_confusion(scores, truth_HW, settings.thresholds, num_classes=settings.num_classes)
+    return argmax, mask, sweep_confusion(scores, truth_HW, settings.thresholds, num_classes=settings.num_classes)
 
 
 def _other_confusions(
     image_HW3: UInt8Array,
     unary_KHW: FloatArray,
-    ids_K: UInt8Array,
-    truth_HW: UInt8Array | None,
+    ids_K: LabelArray,
+    truth_HW: LabelArray | None,
     settings: LabelSettings,
-) -> Tensor:
+) -> Counts:
     """Confusion of the masks of `other_crfs`, (P, C + 1, C + 1); without a ground truth no CRF is run for it."""
-    found_PCC = Tally.zero(settings).other_PCC
+    size, found = settings.num_classes + 1, Tally.zero(settings).other
     if truth_HW is None:
-        return found_PCC
-    truth = torch.tensor(truth_HW)
-    for found_CC, crf in zip(found_PCC, settings.other_crfs, strict=True):
+        return found
+    truth = torch.from_numpy(truth_HW.astype(np.int64))
+    for place, crf in enumerate(settings.other_crfs):
         mask_HW = ids_K[dense_crf(image_HW3, unary_KHW, crf).argmax(0)]
-        found_CC += confusion_matrix(torch.from_numpy(mask_HW), truth, num_classes=settings.num_classes + 1)
-    return found_PCC
+        one = Counts.of(confusion_matrix(torch.from_numpy(mask_HW.astype(np.int64)), truth, num_classes=size))
+        found += Counts(found.shape, one.place_E + place * size**2, one.value_E)
+    return found
 
 
 def sweep_confusion(
-    scores: ImageScores, truth_HW: UInt8Array, thresholds: Sequence[float], *, num_classes: int
-) -> Tensor:
+    scores: ImageScores, truth_HW: LabelArray, thresholds: Sequence[float], *, num_classes: int
+) -> Counts:
     """`dfa.core.metrics.threshold_confusion` of the foreground rows: (thresholds, C + 1, C + 1), background first.
 
-    Only the classes of the image or of its ground truth are counted with, so C costs nothing but the result's size.
+    Only the classes of the image or of its ground truth are counted with, so C costs nothing.
     """
-    full_TCC = torch.zeros(len(thresholds), num_classes + 1, num_classes + 1, dtype=torch.int64)
+    shape, void = (len(thresholds), num_classes + 1, num_classes + 1), void_label(num_classes)
     if not thresholds:
-        return full_TCC
-    in_truth = {int(index) for index in np.unique(truth_HW)} - {0, VOID}
+        return Counts.zero(*shape)
+    in_truth = {int(index) for index in np.unique(truth_HW)} - {0, void}
     classes = sorted({*scores.class_ids[1:], *in_truth}) or [1]
     map_MHW = np.zeros((len(classes), *truth_HW.shape), np.float32)
     for row_HW, index in zip(scores.score_KHW[1:], scores.class_ids[1:], strict=True):
         map_MHW[classes.index(index)] = row_HW
-    compact = np.zeros(256, np.uint8)
-    compact[classes], compact[VOID] = range(1, len(classes) + 1), VOID
+    compact = np.zeros(void + 1, np.int64)
+    compact[classes], compact[void] = range(1, len(classes) + 1), void_label(len(classes))
     compact_TKK = threshold_confusion(
         torch.from_numpy(map_MHW), torch.from_numpy(compact[truth_HW]), thresholds=thresholds
     )
-    ids_K = torch.tensor([0, *classes])
-    full_TCC[:, ids_K[:, None], ids_K[None, :]] = compact_TKK
-    return full_TCC
+    ids_K = np.array([0, *classes])
+    threshold_N, row_N, column_N = (axis.numpy() for axis in compact_TKK.nonzero(as_tuple=True))
+    place_E = np.ravel_multi_index((threshold_N, ids_K[row_N], ids_K[column_N]), shape)
+    return Counts(shape, place_E, compact_TKK.numpy()[threshold_N, row_N, column_N])

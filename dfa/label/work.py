@@ -18,7 +18,7 @@ from torch import Tensor
 from dfa.data.classes import voc_palette
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, SampleRow
-from dfa.data.transforms import decode_mask, decode_rgb, encode_grey, encode_mask
+from dfa.data.transforms import LabelArray, UInt8Array, decode_mask, decode_rgb, encode_grey, encode_mask
 from dfa.label.images import ImagePart
 from dfa.label.output import (
     CONFIDENCE_EXTENSION,
@@ -30,7 +30,7 @@ from dfa.label.output import (
     judge,
     total_tally,
 )
-from dfa.label.scoring import MODEL_EXTENSION, ImageScores, LabelSettings, Tally, UInt8Array, label_image
+from dfa.label.scoring import MODEL_EXTENSION, ImageScores, LabelSettings, Tally, label_image
 
 NO_LABEL = "no image-level label"
 """How the reason starts for which `LabelSettings.skip_unlabelled` leaves an image out."""
@@ -69,7 +69,7 @@ class Decoded:
 
     sample: SampleRow
     image_HW3: UInt8Array
-    truth_HW: UInt8Array | None
+    truth_HW: LabelArray | None
 
 
 @dataclass(frozen=True)

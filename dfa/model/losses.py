@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfa.data.transforms import VOID
+from dfa.core.void import void_label
 
 LossPair = tuple[Tensor, Tensor]
 
@@ -14,17 +14,19 @@ def upsample_logits(logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits_BChw.float(), size=size, mode="bilinear", align_corners=False)
 
 
-def segmentation_loss(logits_BCHW: Tensor, target_BHW: Tensor, *, void: int = VOID) -> tuple[LossPair, LossPair]:
+def segmentation_loss(logits_BCHW: Tensor, target_BHW: Tensor) -> tuple[LossPair, LossPair]:
     """Cross entropy over background pixels and over foreground pixels, apart: ((total, count), (total, count)).
 
     L_seg is half the one's mean plus half the other's (METHOD 1.19), so that background does not drown the classes.
-    logits: C + 1 classes, class 0 the background. target: 0..C, or `void` for pixels that count nowhere. An empty half
+    logits: C + 1 classes, class 0 the background. target: 0..C, or `dfa.core.void`'s label of C classes
+    for pixels that count nowhere. An empty half
     is (0, 0), with zero gradient. Computed in fp32.
 
     Raises ValueError when logits and target differ in size: upsample the logits first.
     """
     if logits_BCHW.ndim != 4 or logits_BCHW.shape[:1] + logits_BCHW.shape[2:] != target_BHW.shape:
         raise ValueError(f"logits of shape {tuple(logits_BCHW.shape)} do not fit a target {tuple(target_BHW.shape)}")
+    void = void_label(logits_BCHW.shape[1] - 1)
     with torch.autocast(logits_BCHW.device.type, enabled=False):
         loss_BHW = F.cross_entropy(logits_BCHW.float(), target_BHW.long(), ignore_index=void, reduction="none")
     is_background = target_BHW == 0

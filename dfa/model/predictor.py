@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dfa.core.void import label_dtype
 from dfa.data.classes import nearest, voc_palette
-from dfa.data.transforms import UInt8Array, decode_rgb, header, is_turned, rgb_pixels
+from dfa.data.transforms import LabelArray, UInt8Array, decode_rgb, header, is_turned, rgb_pixels
 from dfa.label.crf import PRESETS, CrfSettings, dense_crf
 from dfa.label.scoring import FloatArray, model_scores
 from dfa.model.segmenter import Segmenter
@@ -20,14 +21,14 @@ from dfa.model.segmenter import Segmenter
 logger = logging.getLogger(__name__)
 
 ImageLike = str | os.PathLike[str] | Image.Image | UInt8Array
-_BATCH_PIXELS = 1_000_000  # of images that share a forward pass: with 21 classes 84 MB of logits
+_BATCH_PIXELS = 1_000_000  # of images that share a forward pass: with 21 classes 84 MB of logits; fewer of more
 
 
 class Prediction(NamedTuple):
-    """mask: (H, W) uint8, 0 background, 1..C. scores: (C + 1, H, W) float32, probabilities that sum to 1 over classes;
-    the mask is their argmax, the lower class of equals."""
+    """mask: (H, W) uint8 (uint16 of more than 254 classes), 0 background, 1..C. scores: (C + 1, H, W) float32,
+    probabilities that sum to 1 over classes; the mask is their argmax, the lower class of equals."""
 
-    mask: UInt8Array
+    mask: LabelArray
     scores: FloatArray
 
 
@@ -36,7 +37,7 @@ class Predictor:
 
     Attributes:
         class_names: the C foreground classes; `class_names[c - 1]` is mask value c.
-        palette: PASCAL VOC's colours of all mask values, uint8 (256, 3).
+        palette: PASCAL VOC's colours of all 8-bit mask values, uint8 (256, 3).
     """
 
     def __init__(
@@ -113,7 +114,8 @@ class Predictor:
                 len(pixels),
             )
         found: dict[int, Prediction] = {}
-        for places in _batches([(each.shape[0], each.shape[1]) for each in pixels]):
+        limit = _BATCH_PIXELS * 21 // max(21, 1 + len(self.class_names))
+        for places in _batches([(each.shape[0], each.shape[1]) for each in pixels], max_pixels=limit):
             batch_BHW3 = torch.from_numpy(np.stack([pixels[place] for place in places]))
             logits_BCHW = self._segmenter.logits(
                 batch_BHW3.permute(0, 3, 1, 2).to(self._segmenter.clip.device),
@@ -160,7 +162,7 @@ class Predictor:
             chosen = model_scores(logits_CHW[None], min_probability=self.min_probability)[0]
             scores_CHW = np.zeros(tuple(logits_CHW.shape), np.float32)
             scores_CHW[list(chosen.class_ids)] = dense_crf(image_HW3, chosen.score_KHW, crf)
-        return Prediction(scores_CHW.argmax(0).astype(np.uint8), scores_CHW)
+        return Prediction(scores_CHW.argmax(0).astype(label_dtype(len(self.class_names))), scores_CHW)
 
 
 def _crf_settings(crf: CrfSettings | str | None) -> CrfSettings | None:
@@ -184,11 +186,11 @@ def _scales(scales: Sequence[float]) -> tuple[float, ...]:
     return factors
 
 
-def _batches(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+def _batches(sizes: Sequence[tuple[int, int]], *, max_pixels: int) -> Iterator[list[int]]:
     """Places of images that share a forward pass: of one size, and within the limit of pixels."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for place, size in enumerate(sizes):
         by_size.setdefault(size, []).append(place)
     for (height, width), places in by_size.items():
-        step = max(1, _BATCH_PIXELS // (height * width))
+        step = max(1, max_pixels // (height * width))
         yield from (places[first : first + step] for first in range(0, len(places), step))

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-VOID = 255
+from dfa.core.void import VOID, WIDE_VOID, void_label
+
 _VOID_COLOUR = (236, 238, 241)
 # One grey that reads on white and on near-black paper: figures are transparent and follow the page's light or dark.
 _INK = "#7d8797"
@@ -66,7 +67,7 @@ class Example:
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
-    """The RGB colour of a class index: stable, distinct for at least 1000 classes, black for 0, light grey for 255.
+    """The RGB colour of a class index: stable, distinct for at least 1000 classes, black for 0, light grey for void.
 
     Hue turns by the golden angle from one class to the next, so that neighbours differ most; lightness and
     colourfulness alternate (OKLCH, so that all colours look about equally strong). It does not depend on the number of
@@ -76,7 +77,7 @@ def class_colour(index: int) -> tuple[int, int, int]:
         raise ValueError(f"class index must be >= 0, got {index}")
     if index == 0:
         return (0, 0, 0)
-    if index == VOID:
+    if index in (VOID, WIDE_VOID):
         return _VOID_COLOUR
     hue = math.radians(25 + 137.50776 * (index - 1))
     tier = (index - 1) % 3
@@ -124,7 +125,8 @@ def mask_overlay(image_HW3: np.ndarray, mask_HW: np.ndarray, *, opacity: float =
     _same_size(image_HW3, mask_HW)
     picture = image_HW3.astype(np.float32)
     grey = (0.75 * picture.mean(axis=2, keepdims=True) + 0.25 * picture) * 0.6 + 20
-    colour = palette(int(mask_HW.max(initial=0)))[mask_HW].astype(np.float32)
+    present_P, place_HW = np.unique(mask_HW, return_inverse=True)
+    colour = np.array([class_colour(int(index)) for index in present_P], np.float32)[place_HW.reshape(mask_HW.shape)]
     share = np.where(mask_HW == 0, 0, opacity)[..., None]
     result = grey * (1 - share) + colour * share
     edge = np.zeros(mask_HW.shape, bool)
@@ -173,17 +175,18 @@ def sample_panels(example: Example, *, width: int = 320, quality: int = 88) -> t
 
 
 def present_legend(example: Example, names: Sequence[str]) -> tuple[tuple[str, tuple[int, int, int]], ...]:
-    """(name, colour) of the foreground classes that the example's masks show, ascending, then "void" if they hold 255.
+    """(name, colour) of the foreground classes that the example's masks show, ascending, then "void" if they hold it.
 
     ``names[c - 1]`` is the name of class c.
     """
     masks = [m for m in (example.truth_HW, example.pseudo_HW, example.prediction_HW) if m is not None]
     shown = {int(index) for mask in masks for index in np.unique(mask)}
-    present = sorted(shown - {0, VOID})
+    void = void_label(len(names))
+    present = sorted(shown - {0, void})
     if present and present[-1] > len(names):
         raise ValueError(f"mask holds class {present[-1]}, but there are {len(names)} class names")
-    void = (("void", _VOID_COLOUR),) if VOID in shown else ()
-    return tuple((names[index - 1], class_colour(index)) for index in present) + void
+    last = (("void", _VOID_COLOUR),) if void in shown else ()
+    return tuple((names[index - 1], class_colour(index)) for index in present) + last
 
 
 def panel_sheet(examples: Sequence[Example], names: Sequence[str], *, width: int = 220) -> bytes:

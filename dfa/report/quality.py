@@ -234,7 +234,7 @@ def _notes(unary: str) -> dict[str, str]:
         "trained model and CRF agree, %": "pixels where the trained model alone says what the CRF says, mean over images",
         f"{unary} and trained model agree, %": f"pixels where the {unary} alone says what the model says, mean over images",
         "empty labels, %": "labels of an image that got no pixel",
-        "void, %": "pixels that are 255: too uncertain",
+        "void, %": "pixels that are void: too uncertain",
         "confidence, %": "probability that the CRF gives the winning class, mean over pixels and images",
     }
 

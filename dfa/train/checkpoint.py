@@ -284,15 +284,20 @@ def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) ->
         return
     if len(saved) != len(wanted):
         raise ValueError(
-            f"{where} has {len(saved)} foreground classes ({', '.join(saved)}), "
-            f"this run has {len(wanted)} ({', '.join(wanted)})"
+            f"{where} has {len(saved)} foreground classes ({_first(saved)}), this run has {len(wanted)} ({_first(wanted)}):"
+            " give the data set that it was trained on, or another run"
         )
     number, (old, new) = next(
         (i, pair) for i, pair in enumerate(zip(saved, wanted, strict=True), 1) if pair[0] != pair[1]
     )
     raise ValueError(
-        f"{where} calls class {number} {old!r}, this run calls it {new!r} (both have {len(saved)} classes)"
+        f"{where} calls class {number} {old!r}, this run calls it {new!r} (both have {len(saved)} classes):"
+        " give the data set that it was trained on, or another run"
     )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def list_checkpoints(run: Address) -> list[str]:
@@ -339,7 +344,7 @@ def find_checkpoint(run: Address, which: str) -> str:
     folders = list_checkpoints(run)
     names = [storage.base_name(folder) for folder in folders]
     if not folders:
-        raise ValueError(f"{run} holds no finished checkpoint")
+        raise ValueError(f"{run} holds no finished checkpoint; give the run of a jobs.train, with run=FOLDER")
     if which in ("best", "latest"):
         return (best_checkpoint(run) if which == "best" else None) or folders[-1]
     wanted = f"{_PREFIX}{int(which):08d}" if which.isdigit() else which

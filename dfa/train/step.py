@@ -20,8 +20,9 @@ from dfa.core.rectify import (
     resolve_unreliable,
 )
 from dfa.core.spectrum import Band, BandMeasure, split
+from dfa.core.void import void_label
 from dfa.data.stream import Batch
-from dfa.label.pseudo import VOID, PseudoSettings, patch_labels, pseudo_labels
+from dfa.label.pseudo import PseudoSettings, patch_labels, pseudo_labels
 from dfa.label.seed import Seeds, make_seeds
 from dfa.model.losses import segmentation_loss, upsample_logits
 from dfa.model.segmenter import Segmenter
@@ -70,6 +71,7 @@ class TrainStep(Objective):
         self.student = segmenter.student
         self.segmenter, self.settings = segmenter, settings
         self.num_classes = num_classes + 1
+        self.void = void_label(num_classes)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Decoder and affinities at their own rates; no weight decay on biases, norms and the affinities."""
@@ -118,7 +120,7 @@ class TrainStep(Objective):
         """Y in blocks where the settings say so. Padding stays void, whatever its block's centre is."""
         if not self.settings.annotation_grid:
             return label_BHW
-        return block_annotation(label_BHW, grid=self.settings.annotation_grid).masked_fill(~valid_BHW, VOID)
+        return block_annotation(label_BHW, grid=self.settings.annotation_grid).masked_fill(~valid_BHW, self.void)
 
     def labels(self, batch: Batch, online: Callable[[Rows], Tensor]) -> Tensor:
         """Y of each sample, int64 B x H x W, void on padding. `online` makes it for the samples that need it alone."""
@@ -126,7 +128,7 @@ class TrainStep(Objective):
             return self.annotated(online(slice(None)), batch.valid_BHW)
         if batch.mask_BHW is None or batch.given_B is None:
             raise ValueError("loss.supervision=labels needs batches with offline labels; give shards.labels")
-        label_BHW = batch.mask_BHW.long().masked_fill(~batch.valid_BHW, VOID)
+        label_BHW = batch.mask_BHW.long().masked_fill(~batch.valid_BHW, self.void)
         rows_R = (~batch.given_B).nonzero()[:, 0]
         if len(rows_R):
             label_BHW[rows_R] = online(rows_R)
@@ -160,7 +162,7 @@ class TrainStep(Objective):
             selected_BNN = selected_BNN & dense_BNN
         alignment = alignment_loss(teacher_BNN, outputs.low_logit_BNN, selected_BNN, student=settings.alignment)
         relations_BNN = relations(high_BDhw.flatten(2), gain=settings.relation_gain)
-        positive_BNN, negative_BNN, known_BNN = reliable_masks(relations_BNN, label_BN)
+        positive_BNN, negative_BNN, known_BNN = reliable_masks(relations_BNN, label_BN, void=self.void)
         if settings.resolve_unreliable:
             radius = round(settings.window * outputs.fused_BDhw.shape[-1] / _PAPER_GRID)
             positive_BNN, negative_BNN = resolve_unreliable(positive_BNN, negative_BNN, known_BNN, radius=radius)

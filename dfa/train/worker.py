@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dfa.core.metrics import iou_per_class, mean_iou
+from dfa.core.void import void_label
 from dfa.data.stream import Batch
-from dfa.data.transforms import VOID
 from dfa.train import history
 from dfa.train.average import WeightAverage
 from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
@@ -353,6 +353,7 @@ def _without_samples(spare: Batch, batch: Batch | None) -> Batch:
 def _black_picture(batch: Batch) -> Batch:
     """One picture of the first class, of the shape of a batch without any."""
     _, channels, height, width = batch.image_B3HW.shape
+    mask, void = batch.mask_BHW, void_label(batch.labels_BC.shape[1])
     labels_1C = torch.zeros(1, batch.labels_BC.shape[1], dtype=torch.bool)
     labels_1C[0, 0] = True
     return replace(
@@ -360,7 +361,7 @@ def _black_picture(batch: Batch) -> Batch:
         image_B3HW=torch.zeros(1, channels, height, width, dtype=torch.uint8),
         valid_BHW=torch.ones(1, height, width, dtype=torch.bool),
         labels_BC=labels_1C,
-        mask_BHW=None if batch.mask_BHW is None else torch.full((1, height, width), VOID, dtype=torch.uint8),
+        mask_BHW=None if mask is None else torch.full((1, height, width), void, dtype=mask.dtype),
         given_B=None if batch.given_B is None else torch.zeros(1, dtype=torch.bool),
         rejected=(),
     )

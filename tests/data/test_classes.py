@@ -30,7 +30,7 @@ def test_an_unknown_class_names_the_nearest():
     [
         ({"names": ["cat", "Cat"]}, "lists 'Cat' twice"),
         ({"names": ["background", "cat"]}, "foreground classes only"),
-        ({"names": []}, "1 to 254 names, got 0"),
+        ({"names": []}, "1 to 32767 names, got 0"),
         ({"background": ["cat"]}, r"'cat' \(class 'cat'\).*'cat' are class texts and background prompts"),
         ({"background": ["Cat "]}, r"'cat' \(class 'cat'\).*'Cat ' are class texts and background prompts"),
         ({"prompts": {"dog": ["puppy", "CAT"]}}, r"'CAT' stands for the classes 'cat' and 'dog'"),

@@ -96,10 +96,15 @@ def test_coco_images_without_objects_or_with_unknown_categories_are_rejected(coc
 
 def test_a_coco_file_of_other_classes_is_an_error(coco):
     source = coco([])
-    document = coco_document([], categories=((1, "cat"), (2, "hot dog"), (3, "dog")))
-    Path(source.annotations).write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="category id 2 is 'hot dog', class 2 of the list is 'dog'"):
-        list(source)
+    for categories, message in (
+        (((1, "cat"), (2, "hotdog"), (3, "dog")), r"category 'hotdog' is not in the list \(nearest: 'hot dog'\).*auto"),
+        (((1, "cat"), (2, "hot dog")), r"has 2 categories, the class list 3; no category is called 'dog'"),
+        (((1, "cat"), (1, "hot dog"), (3, "dog")), "category id twice"),
+        (((1, "cat"), (2, "cat"), (3, "dog")), "category name twice"),
+    ):
+        Path(source.annotations).write_text(json.dumps(coco_document([], categories=categories)))
+        with pytest.raises(ValueError, match=message):
+            list(source)
     Path(source.annotations).write_text("[]")
     with pytest.raises(ValueError, match="no COCO instances file"):
         list(source)

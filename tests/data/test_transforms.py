@@ -168,6 +168,13 @@ def test_sixteen_bit_png_keeps_its_upper_byte():
     np.testing.assert_array_equal(image[..., 1], np.arange(256).reshape(16, 16))
 
 
+def test_twelve_bits_in_sixteen_are_refused_and_black_is_black():
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16
+    with pytest.raises(ValueError, match=r"16-bit picture with values up to 4080 .*scale them to 0\.\.65535"):
+        decode_rgb(encoded(Image.fromarray(values), "PNG"), max_pixels=LIMIT)
+    assert not decode_rgb(encoded(Image.fromarray(values * 0), "PNG"), max_pixels=LIMIT).any()
+
+
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
 def test_a_truncated_image_is_an_error(fmt, share):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dfa.core.void import VOID
 from dfa.label.pseudo import (
-    VOID,
     PseudoSettings,
     background_score,
     best_class,
@@ -184,11 +184,13 @@ def test_a_thousand_classes_need_another_void_label_and_give_the_same_masks():
     wide_cam, wide_labels = torch.rand(3, 20, 1000), torch.zeros(3, 1000, dtype=torch.bool)
     wide_cam[..., 900:906], wide_labels[:, 900:906] = cam[..., :6], labels
     with pytest.raises(ValueError, match="void"):
-        pseudo_labels(wide_cam, wide_labels, image, grid, PLAIN)
-    narrow = pseudo_labels(cam, labels, image, grid, PLAIN)
-    wide = pseudo_labels(wide_cam, wide_labels, image, grid, dataclasses.replace(PLAIN, void=65535))
+        pseudo_labels(wide_cam, wide_labels, image, grid, dataclasses.replace(PLAIN, void=VOID))
+    narrow = pseudo_labels(cam, labels, image, grid, dataclasses.replace(PLAIN, band=(-0.1, 0.1)))
+    wide = pseudo_labels(wide_cam, wide_labels, image, grid, dataclasses.replace(PLAIN, band=(-0.1, 0.1)))
     assert wide.score_BMHW.shape == narrow.score_BMHW.shape
-    assert torch.equal(wide.mask_BHW, narrow.mask_BHW.where(narrow.mask_BHW == 0, narrow.mask_BHW + 900))
+    expected = narrow.mask_BHW.where(narrow.mask_BHW == 0, narrow.mask_BHW + 900)
+    assert (narrow.mask_BHW == VOID).any()
+    assert torch.equal(wide.mask_BHW, expected.masked_fill(narrow.mask_BHW == VOID, 65535))
 
 
 def test_inputs_that_do_not_fit_are_refused():

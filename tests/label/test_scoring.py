@@ -50,7 +50,7 @@ def test_the_sweep_equals_a_loop_over_pixels_and_thresholds():
     scores, truth_HW = _scores(), _truth()
     scores.score_KHW[1, :3] = 0.3  # a score equal to a threshold is background
     fast = sweep_confusion(scores, truth_HW, THRESHOLDS, num_classes=6)
-    np.testing.assert_array_equal(fast.numpy(), _slow_sweep(scores, truth_HW, THRESHOLDS, 6))
+    np.testing.assert_array_equal(fast.dense().numpy(), _slow_sweep(scores, truth_HW, THRESHOLDS, 6))
 
 
 def test_an_image_without_classes_is_all_background_in_sweep_and_mask():

@@ -220,7 +220,7 @@ def test_a_batch_is_each_image_by_itself(model, monkeypatch):
 
 def test_images_of_one_size_share_a_pass_up_to_a_million_pixels():
     sizes = [(500, 400), (40, 40), (500, 400), (2000, 2000)] + [(500, 400)] * 5
-    batches = list(predictor._batches(sizes))
+    batches = list(predictor._batches(sizes, max_pixels=1_000_000))
     assert sorted(place for batch in batches for place in batch) == list(range(9))
     assert all(len({sizes[place] for place in batch}) == 1 for batch in batches)
     assert [len(batch) for batch in batches] == [5, 2, 1, 1]
