@@ -148,9 +148,10 @@ def _parts(folder: Path, count: int) -> list[Any]:
 
     sides = [find_maps(str(folder / name), field=name, num_classes=21) for name in ("prediction", "truth")]
     chosen = list[Any]()
-    for part in join_pairs(*sides, pairs_per_part=_PER_PART):
+    per_part = min(_PER_PART, count // 2)  # few pairs keep two workers busy too
+    for part in join_pairs(*sides, pairs_per_part=per_part):
         chosen.append(part)
-        if _PER_PART * len(chosen) >= count:
+        if per_part * len(chosen) >= count:
             break
     return chosen
 
