@@ -308,7 +308,7 @@ class AnalyzeConfig:
     max_drop: float = _number(0.05, 0.0, 1.0)  # relative drop of mIoU that the recommended grid may cost
     epsilon: float = _number(0.0, 0.0, 0.999)  # error rate that label maps without logits stand for; 0: their own
     boundary: bool = False  # also boundary IoU, at several times the cost
-    pairs_per_part: int = _number(64, 1, 100_000)  # pairs that are committed together
+    pairs_per_part: int = _number(128, 1, 100_000)  # pairs that are committed together
     cpus: float = _number(1.0, 0.01, 1_024.0)  # CPUs that one task reserves
 
 

@@ -5,11 +5,13 @@ two axes, orthonormal, and in fp32 at least, also under autocast; fp64 stays fp6
 over the whole map, in unshifted fftfreq order; `n / size` is in cycles per pixel (or patch), so an axis spans [-1/2, 1/2].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, pi, sqrt
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -173,49 +175,45 @@ def band_spectrum(x_BHW: Tensor, *, nu_max: int) -> Tensor:
         return _low_rows(torch.fft.fft(rows, dim=-2, norm="ortho"), nu_max)
 
 
-def label_products(x_HW: Tensor, y_HW: Tensor, label_S: Tensor, *, nu_max: int, dtype: torch.dtype) -> Tensor:
-    """`band_products` of the masks of some labels in two label maps, without the masks: fp64, S x (nu_max + 1).
+def label_products(x_HW: Tensor, y_HW: Tensor, labels: Sequence[int], *, nu_max: int, dtype: torch.dtype) -> Tensor:
+    """`band_products` of the masks of some labels in two label maps, without the masks: fp64, labels x (nu_max + 1).
 
-    x_HW, y_HW: uint8. label_S: the labels. dtype: float32 or float64, of the transforms. See `run_products`.
+    x_HW, y_HW: uint8. dtype: float32 or float64, of the transforms. On the processor. See `run_products`.
     """
     size = (x_HW.shape[0], x_HW.shape[1])
-    return run_products(joint_runs(x_HW, y_HW), label_S, size=size, nu_max=nu_max, dtype=dtype)
+    return run_products(joint_runs(x_HW, y_HW), labels, size=size, nu_max=nu_max, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Stretches of a row along which two label maps do not change, in reading order, one entry a run.
+    """Stretches of a row along which two label maps do not change, in reading order, one entry a run. Arrays of numpy, whose
+    operations on so few numbers cost a third of torch's.
 
     row_R, start_R, stop_R: int64, the row and the columns start <= column < stop. label_NR: uint8, the labels of both maps, 2 x R.
     """
 
-    row_R: Tensor
-    start_R: Tensor
-    stop_R: Tensor
-    label_NR: Tensor
+    row_R: np.ndarray
+    start_R: np.ndarray
+    stop_R: np.ndarray
+    label_NR: np.ndarray
 
 
 def joint_runs(x_HW: Tensor, y_HW: Tensor) -> Runs:
     """The runs of two uint8 maps of one size. A row of a label map changes a few times: what follows works on runs alone."""
-    (height, width), device = x_HW.shape, x_HW.device
-    x_P, y_P = x_HW.reshape(-1), y_HW.reshape(-1)
-    last_P = torch.empty(height * width, dtype=torch.bool, device=device)  # the last pixel of a run
-    torch.ne(x_P[1:], x_P[:-1], out=last_P[:-1])
-    last_P[:-1] |= y_P[1:] != y_P[:-1]
-    last_P[width - 1 :: width] = True
-    last_R = _where(last_P)
-    label_NR = torch.stack([x_P.index_select(0, last_R), y_P.index_select(0, last_R)])
-    row_R = torch.div(last_R, width, rounding_mode="floor")
+    width, x_P, y_P = x_HW.shape[1], x_HW.cpu().numpy().reshape(-1), y_HW.cpu().numpy().reshape(-1)
+    is_last_P = np.empty(x_P.shape, bool)  # the last pixel of a run
+    np.not_equal(x_P[1:], x_P[:-1], out=is_last_P[:-1])
+    is_last_P[:-1] |= y_P[1:] != y_P[:-1]
+    is_last_P[width - 1 :: width] = True
+    last_R = np.flatnonzero(is_last_P)
+    row_R = last_R // width
     stop_R = last_R - row_R * width + 1
-    return Runs(row_R, stop_R - torch.diff(last_R, prepend=last_R.new_tensor([-1])), stop_R, label_NR)
+    return Runs(row_R, stop_R - np.diff(last_R, prepend=-1), stop_R, np.stack([x_P[last_R], y_P[last_R]]))
 
 
-def _where(chosen_P: Tensor) -> Tensor:
-    """Places of the few that are True: numpy finds them ten times as fast as torch."""
-    return torch.from_numpy(chosen_P.cpu().numpy().nonzero()[0]).to(chosen_P.device)
-
-
-def run_products(runs: Runs, label_S: Tensor, *, size: tuple[int, int], nu_max: int, dtype: torch.dtype) -> Tensor:
+def run_products(
+    runs: Runs, labels: Sequence[int], *, size: tuple[int, int], nu_max: int, dtype: torch.dtype
+) -> Tensor:
     """`label_products` from the runs of the two maps of `size` pixels.
 
     A run adds `E(stop) - E(start)` to the transform of its row, `E(x) = sum over t < x of exp(-2 pi i n t / W)`. The columns
@@ -223,26 +221,31 @@ def run_products(runs: Runs, label_S: Tensor, *, size: tuple[int, int], nu_max: 
     `b(+-ny) = (C Re r +- S Im r) + i (C Im r -+ S Re r)`, so that the products of both signs of ny add up to twice those of
     the four parts.
     """
-    (height, width), device = size, str(label_S.device)
+    (height, width), count = size, len(labels)
     columns, rows = min(nu_max, width // 2) + 1, min(nu_max, height // 2) + 1
-    num_rows = 2 * len(label_S) * height  # of all masks of both maps, one below the other
-    in_mask_NSR = runs.label_NR[:, None] == label_S.to(torch.uint8)[:, None]
-    found_M = _where(in_mask_NSR.view(-1))
-    mask_M = torch.div(found_M, len(runs.row_R), rounding_mode="floor")
-    run_M = found_M - mask_M * len(runs.row_R)
-    place_M = (mask_M * height).add_(runs.row_R.index_select(0, run_M))
-    first_B = torch.zeros(num_rows, dtype=torch.int64, device=label_S.device)
-    first_B[1:] = torch.bincount(place_M, minlength=num_rows).cumsum(0)[:-1]
-    edge_ME = torch.stack([runs.stop_R, runs.start_R + width + 1], dim=1).index_select(0, run_M)
-    table_XQ = _edge_table(width, columns - 1, dtype, device)
-    rows_NSHQ = functional.embedding_bag(edge_ME.view(-1), table_XQ, first_B.mul_(2), mode="sum")
-    rows_NSHQ = rows_NSHQ.view(2, len(label_S), height, 2 * columns)
-    parts = _wave_table(height, rows - 1, dtype, device) @ rows_NSHQ  # 2 x S x (C, S: 2 rows) x (Re, Im: 2 columns)
-    products = (parts[0] * parts[1]).double().view(-1, 2, rows, 2, columns)
+    edge_E, first_B = _bags(runs, np.array(labels, np.uint8), height, width)
+    rows_BQ = functional.embedding_bag(edge_E, _edge_table(width, columns - 1, dtype), first_B, mode="sum")
+    rows_NSHQ = rows_BQ.view(2, count, height, 2 * columns)
+    parts = _wave_table(height, rows - 1, dtype) @ rows_NSHQ  # 2 x S x (C, S: 2 rows) x (Re, Im: 2 columns)
+    products = (parts[0] * parts[1]).double().view(count, 2, rows, 2, columns)
     products = (products[:, 0] + products[:, 1]).sum(2)
     products[:, _twice(height, rows)] *= 2
     products[:, :, _twice(width, columns)] *= 2
     return _square_sums(functional.pad(products, (0, nu_max + 1 - columns, 0, nu_max + 1 - rows)))
+
+
+def _bags(runs: Runs, label_S: np.ndarray, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Places in `_edge_table` that each row of each mask of both maps adds up, and where each row's begin."""
+    found_M = np.flatnonzero(runs.label_NR[:, None] == label_S[:, None])  # map, label, run: in the rows' order
+    mask_M = found_M // len(runs.row_R)
+    run_M = found_M - mask_M * len(runs.row_R)
+    edge_ME = np.empty((len(run_M), 2), np.int64)
+    edge_ME[:, 0] = runs.stop_R[run_M]
+    edge_ME[:, 1] = runs.start_R[run_M] + (width + 1)
+    num_rows = 2 * len(label_S) * height
+    first_B = np.zeros(num_rows, np.int64)
+    np.cumsum(np.bincount(mask_M * height + runs.row_R[run_M], minlength=num_rows)[:-1], out=first_B[1:])
+    return torch.from_numpy(edge_ME.reshape(-1)), torch.from_numpy(2 * first_B)
 
 
 def _twice(size: int, kept: int) -> slice:
@@ -251,22 +254,22 @@ def _twice(size: int, kept: int) -> slice:
 
 
 @lru_cache(maxsize=128)
-def _edge_table(width: int, nu_max: int, dtype: torch.dtype, device: str) -> Tensor:
+def _edge_table(width: int, nu_max: int, dtype: torch.dtype) -> Tensor:
     """E(x), x = 0..width, for the bins 0..nu_max, with the transform's 1/sqrt(width): real parts, then
     imaginary ones. -E(x) at width + 1 + x."""
     with torch.inference_mode(False):
         phase_XQ = _phases(width, nu_max)
         sums_XQ = torch.cat([phase_XQ.new_zeros(1, nu_max + 1), phase_XQ.cumsum(0)])
         table_XQ = torch.cat([sums_XQ.real, sums_XQ.imag], dim=1)
-        return torch.cat([table_XQ, -table_XQ]).to(device=device, dtype=dtype)
+        return torch.cat([table_XQ, -table_XQ]).to(dtype)
 
 
 @lru_cache(maxsize=128)
-def _wave_table(height: int, nu_max: int, dtype: torch.dtype, device: str) -> Tensor:
+def _wave_table(height: int, nu_max: int, dtype: torch.dtype) -> Tensor:
     """Cosines, then sines, of the bins 0..nu_max at all rows, with the transform's 1/sqrt(height): 2 (nu_max + 1) x height."""
     with torch.inference_mode(False):
         phase_QX = _phases(height, nu_max).T
-        return torch.cat([phase_QX.real, -phase_QX.imag]).to(device=device, dtype=dtype).contiguous()
+        return torch.cat([phase_QX.real, -phase_QX.imag]).to(dtype).contiguous()
 
 
 def _phases(size: int, nu_max: int) -> Tensor:

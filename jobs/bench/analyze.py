@@ -20,7 +20,7 @@ from jobs.bench.pictures import SIZES
 
 DEFAULT_REPEATS = 3
 _FEW, _MANY = 100, 1449  # VOC's validation images
-_NU_MAX = 32
+_NU_MAX, _PER_PART = 32, 128
 
 
 def analyze(repeats: int) -> Result:
@@ -148,9 +148,10 @@ def _parts(folder: Path, count: int) -> list[Any]:
 
     sides = [find_maps(str(folder / name), field=name, num_classes=21) for name in ("prediction", "truth")]
     chosen = list[Any]()
-    for part in join_pairs(*sides, pairs_per_part=64):
+    per_part = min(_PER_PART, count // 2)  # few pairs keep two workers busy too
+    for part in join_pairs(*sides, pairs_per_part=per_part):
         chosen.append(part)
-        if 64 * len(chosen) >= count:
+        if per_part * len(chosen) >= count:
             break
     return chosen
 

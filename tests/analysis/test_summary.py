@@ -61,6 +61,8 @@ def test_the_full_grid_has_the_measured_miou_and_unresolved_ones_none(found):
     assert math.isclose(rows[20]["fpi"], 500 / (100 * found["miou"]))
     assert rows[15]["fpi"] is None  # nu_max 7 was not measured
     assert rows[9]["flops"] == 181
+    rate = found["curve"]["loss_rate"][4]
+    assert rate < 0.2 and math.isclose(rows[9]["estimated_miou"], found["miou"] * (1 - 0.6725 * rate - 0.0022))
     known = {grid: row["fpi"] for grid, row in rows.items() if row["fpi"] is not None}
     assert table["best_grid"] == min(known, key=known.__getitem__)
 

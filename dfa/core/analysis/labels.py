@@ -12,6 +12,7 @@ so that the products of one-hot spectra, summed over images, serve cross entropy
 from dataclasses import dataclass
 from math import log
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,31 +128,32 @@ def _sums_of(
     prediction_HW: Tensor, truth_HW: Tensor, *, num_classes: int, nu_max: int, dtype: torch.dtype, counts_in_void: bool
 ) -> LabelSums:
     runs, size = joint_runs(truth_HW, prediction_HW), (truth_HW.shape[0], truth_HW.shape[1])
-    (label_R, found_R), length_R = runs.label_NR, (runs.stop_R - runs.start_R).double()
-    counted = (
-        (label_R, length_R),
-        (found_R, length_R),
-        (label_R, length_R * (label_R == found_R)),
-        (found_R, length_R * (label_R == VOID)),
+    (label_R, found_R), length_R = runs.label_NR, (runs.stop_R - runs.start_R).astype(np.float64)
+    truth_V, prediction_V, common_V, in_void_V = (
+        np.bincount(labels_R, weights=pixels_R, minlength=_VALUES).astype(np.int64)
+        for labels_R, pixels_R in (
+            (label_R, length_R),
+            (found_R, length_R),
+            (label_R, length_R * (label_R == found_R)),
+            (found_R, length_R * (label_R == VOID)),
+        )
     )
-    counts = [torch.bincount(labels_R, weights=pixels_R, minlength=_VALUES) for labels_R, pixels_R in counted]
-    truth_V, prediction_V, common_V, in_void_V = torch.stack(counts).long().cpu()
-    _check_values(truth_V, prediction_V, num_classes)
-    shared_C = ((truth_V > 0) & (prediction_V > 0))[:num_classes].nonzero()[:, 0]
+    _check_values(truth_V, num_classes, "truth")
+    _check_values(prediction_V, num_classes, "prediction")
+    shared = np.flatnonzero((truth_V > 0) & (prediction_V > 0))
+    shared = shared[shared < num_classes].tolist()
     band_CK = torch.zeros(num_classes, nu_max + 1, dtype=torch.float64)
-    if len(shared_C):
-        products = run_products(runs, shared_C.to(label_R.device), size=size, nu_max=nu_max, dtype=dtype)
-        band_CK[shared_C] = products.cpu()
+    if shared:
+        band_CK[shared] = run_products(runs, shared, size=size, nu_max=nu_max, dtype=dtype)
     counted_V = prediction_V if counts_in_void else prediction_V - in_void_V
-    return LabelSums(band_CK, *(each[:num_classes] for each in (truth_V, counted_V, common_V)), num_images=1)
+    counts = (torch.from_numpy(each[:num_classes].copy()) for each in (truth_V, counted_V, common_V))
+    return LabelSums(band_CK, *counts, num_images=1)
 
 
-def _check_values(truth_V: Tensor, prediction_V: Tensor, num_classes: int) -> None:
-    if not bool((truth_V + prediction_V)[num_classes:VOID].any()):
-        return
-    for name, counts_V in (("truth", truth_V), ("prediction", prediction_V)):
-        for found in counts_V[num_classes:VOID].nonzero()[:1, 0].tolist():
-            raise ValueError(f"{name} classes must be in [0, {num_classes - 1}] or {VOID}, got {num_classes + found}")
+def _check_values(counts_V: np.ndarray, num_classes: int, name: str) -> None:
+    if counts_V[num_classes:VOID].any():
+        found = num_classes + int(np.flatnonzero(counts_V[num_classes:VOID])[0])
+        raise ValueError(f"{name} classes must be in [0, {num_classes - 1}] or {VOID}, got {found}")
 
 
 def _check_pair(prediction_HW: Tensor, truth_HW: Tensor) -> None:
