@@ -299,10 +299,15 @@ def _reports(root: str, items: Sequence[LabelItem], settings: LabelSettings, tot
 
 
 def _left_over(root: str, items: Sequence[LabelItem]) -> list[str]:
-    """Names of what killed attempts and other images left here; nothing that is not named as we name."""
+    """Names of what killed attempts and other images left here; nothing that is not named as we name.
+
+    What is half written may be another job's where no lock keeps it out (`claim`), so that it stays there.
+    """
     wanted = {name for item in items for name in (item.shard, marker_address("", item.shard))}
     there = storage.list_names(root)
-    found = [name for name in there if _OWN_NAME.fullmatch(name) or name.endswith(storage.PARTIAL_SUFFIX)]
+    found = [name for name in there if _OWN_NAME.fullmatch(name)]
+    if storage.is_local(root):
+        found += [name for name in there if name.endswith(storage.PARTIAL_SUFFIX)]
     if TIMINGS_FOLDER in there:
         names = storage.list_names(storage.join(root, TIMINGS_FOLDER))
         found += [f"{TIMINGS_FOLDER}/{name}" for name in names if _OWN_NAME.fullmatch(name)]
