@@ -74,7 +74,9 @@ def test_an_interrupted_training_prints_its_result_and_exits_with_130(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_job_with_130(number, tmp_path):
-    code = "import jobs, time, pathlib, sys; jobs.run(lambda: pathlib.Path(sys.argv[1]).touch() or time.sleep(60))"
+    # A shell ignores SIGINT for what it runs in the background, and children inherit that: these tests may run so.
+    code = "import jobs, signal, time, pathlib, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "jobs.run(lambda: pathlib.Path(sys.argv[1]).touch() or time.sleep(60))"
     ready = tmp_path / "ready"
     job = subprocess.Popen([sys.executable, "-c", code, str(ready)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
