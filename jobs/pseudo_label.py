@@ -167,7 +167,7 @@ def _check_rejects(config: Config, done: PassResult) -> None:
     if share > config.data.max_reject_share:
         shown = "; ".join(f"{each.key}: {each.reason}" for each in rejects[:3])
         raise ValueError(
-            f"{len(rejects)} images have no label ({share:.2%}), allowed are data.max_reject_share="
+            f"{len(rejects)} images could not be labelled ({share:.2%}), allowed are data.max_reject_share="
             f"{config.data.max_reject_share:.2%}; the labels of the others are in {done.report.root}: {shown}"
         )
 

@@ -18,6 +18,17 @@ from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import FOLDER, STATE_NAME, WeightKind, check_classes, find_checkpoint, read_info
 
 _SECTIONS = ("clip", "decoder", "affinity")
+# Fields that came after the first checkpoints; their defaults are what a model without them does.
+_ADDED = {
+    "affinity.encoder",
+    "affinity.encoder_blocks",
+    "affinity.encoder_checkpoint",
+    "clip.others",
+    "decoder.drop",
+    "decoder.grid",
+    "decoder.mixer",
+    "decoder.radius",
+}
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -113,17 +124,18 @@ def checkpoint_config(
 
 
 def _described(description: Mapping[str, Any], *, where: str) -> Config:
-    """The configuration of a model description; every field must be there, so that no default changes the model."""
+    """The configuration of a model description; all fields but `_ADDED` must be there, so that no default changes the model."""
     known, problems = configuration.to_dict(Config()), list[str]()
     for name in _SECTIONS:
         section = description.get(name)
         given = set(section) if isinstance(section, Mapping) else set()
         problems += [f"{name}.{each} is unknown here" for each in sorted(given - set(known[name]))]
-        problems += [f"{name}.{each} is missing" for each in sorted(set(known[name]) - given)]
+        missing = {f"{name}.{each}" for each in set(known[name]) - given}
+        problems += [f"{each} is missing" for each in sorted(missing - _ADDED)]
     if problems:
         raise ValueError(
             f"{where} describes a model of another version of dfa: {', '.join(problems[:4])}"
-            f"{f' and {len(problems) - 4} more' if problems[4:] else ''}"
+            f"{f' and {len(problems) - 4} more' if problems[4:] else ''}; use that version, or train again"
         )
     return configuration.from_sections({name: description[name] for name in _SECTIONS}, where=where)
 

@@ -90,12 +90,23 @@ class Claim:
                     f"{root} holds the masks of {found['origin']}, not of {self.origin}; choose another folder (of"
                     " jobs.predict: predict.output), or delete this one"
                 )
+            _warn_of_replacing(root, found, wanted)
             self.reopen()
         elif names := [name for name in storage.list_names(root) if not name.endswith(storage.PARTIAL_SUFFIX)]:
             raise ValueError(
                 f"{root} is not empty and holds no dfa labels ({', '.join(names[:4])}); choose an empty or a new folder"
             )
         write_json(address, wanted)
+
+
+def _warn_of_replacing(root: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = {"image_plan_hash": "images", "class_names": "classes", "hash": "settings or model"}
+    differ = [said for name, said in names.items() if found.get(name) != wanted[name]]
+    logger.warning(
+        "%s holds labels of other %s; they are replaced, shard by shard (give another folder to keep them)",
+        root,
+        " and other ".join(differ) or "form",
+    )
 
 
 @contextmanager

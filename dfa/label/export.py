@@ -31,6 +31,7 @@ from dfa.data.shards import (
     ShardIndex,
     read_shard,
     samples_by_shard,
+    sha256_of,
 )
 from dfa.data.sources import coco_key, read_coco
 from dfa.data.transforms import UInt8Array, decode_mask
@@ -331,6 +332,11 @@ def samples_of(root: str, index: dict[str, Any]) -> Iterator[tuple[LabelRow, Raw
     rows = read_label_rows(root)
     for shard in index["shards"]:
         address = storage.join(root, shard["name"])
+        if sha256_of(address) != shard["sha256"]:
+            raise ValueError(
+                f"label shard {address} is not as it was written (its SHA-256 is not that of {INDEX_NAME}); delete it, and"
+                " the command that wrote it makes it again"
+            )
         for sample in read_shard(address) if shard["num_samples"] else ():
             row = next(rows, None)
             if row is None or (row.key, row.shard) != (sample.key, shard["name"]):

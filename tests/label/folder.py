@@ -15,7 +15,7 @@ from PIL import Image
 from dfa.data import writer
 from dfa.data.classes import voc_palette
 from dfa.data.samples import Sample
-from dfa.data.shards import ShardIndex
+from dfa.data.shards import ShardIndex, sha256_of
 from dfa.data.transforms import encode_mask
 
 NAMES = ("cat", "dog", "hot dog")
@@ -82,7 +82,7 @@ def write_labels(root: Path, shards: Sequence[Sequence[Label]], names: Sequence[
             rows.append(label.row_of_table(shard))
             pixels += np.bincount(label.mask_HW.reshape(-1), minlength=256)
         write_tar(root / shard, members)
-        entries.append({"name": shard, "num_samples": len(labels)})
+        entries.append({"name": shard, "num_samples": len(labels), "sha256": sha256_of(str(root / shard))})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), root / "samples.parquet")
     index = {
         "kind": "dfa-labels",
@@ -98,6 +98,14 @@ def write_labels(root: Path, shards: Sequence[Sequence[Label]], names: Sequence[
     }
     (root / "index.json").write_text(json.dumps(index))
     return str(root)
+
+
+def indexed_anew(root: Path) -> None:
+    """Have index.json know the shards as they are now."""
+    index = json.loads((root / "index.json").read_text())
+    for entry in index["shards"]:
+        entry["sha256"] = sha256_of(str(root / entry["name"]))
+    (root / "index.json").write_text(json.dumps(index))
 
 
 def write_images(root: Path, samples: Sequence[Sample], *, names: Sequence[str], per_shard: int) -> ShardIndex:

@@ -55,6 +55,19 @@ def test_a_second_job_is_refused_while_the_first_one_lives_and_no_kill_leaves_a_
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_labels_that_are_replaced_are_told_with_what_differs(tmp_path, caplog):
+    mine = claim(tmp_path)
+    for each, words in (
+        (mine, ""),
+        (mine, ""),
+        (replace(mine, hash="other"), "holds labels of other settings or model; they are replaced"),
+        (replace(mine, image_plan_hash="more"), "holds labels of other images and other settings or model; they"),
+    ):
+        caplog.clear()
+        with each.held():
+            assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
 def test_where_nothing_locks_the_job_that_came_first_stops_when_another_took_the_folder():
     root = "memory://claims/taken"
     with claim(root).held():

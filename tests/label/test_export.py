@@ -33,7 +33,7 @@ from dfa.label.export import (
     read_soft,
 )
 from dfa.label.output import UnwritableError
-from tests.label.folder import NAMES, Label, grey_png, write_images, write_labels, write_tar
+from tests.label.folder import NAMES, Label, grey_png, indexed_anew, write_images, write_labels, write_tar
 
 CONF = Path(__file__).parents[2] / "conf"
 RANDOM = np.random.default_rng(0)
@@ -232,9 +232,22 @@ def test_a_mask_of_a_foreign_class_or_size_is_named_and_nothing_is_written(tmp_p
     other = write_labels(tmp_path / "size", [[Label("x", blocks(), (1,))]])
     facts = json.dumps({"labels": [1], "width": 11, "height": 8}).encode()
     write_tar(tmp_path / "size" / "shard-000000.tar", [("x.png", png), ("x.json", facts)])
+    indexed_anew(tmp_path / "size")
     with pytest.raises(ValueError, match=r"key 'x': the mask is \(2, 2\), its row says \(8, 11\)"):
         export_coco(other, str(tmp_path / "coco.json"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign", "size"]
+
+
+def test_a_label_shard_that_was_damaged_is_named_and_nothing_of_it_exported(root, tmp_path):
+    shard = sorted(Path(root).glob("shard-*.tar"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1  # of the same size, so that no marker notices
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{shard.name} is not as it was written .*; delete it, and the command"):
+        export_pngs(str(root), str(tmp_path / "png"))
+    with pytest.raises(ValueError, match="is not as it was written"):
+        export_coco(str(root), str(tmp_path / "coco.json"))
+    assert not (tmp_path / "coco.json").exists()
 
 
 @pytest.mark.parametrize("change", ["other", "more", "fewer"])
@@ -248,6 +261,7 @@ def test_shards_that_are_not_what_the_table_lists_are_refused(tmp_path, change):
     }
     write_labels(tmp_path / "changed", [changed[change]])
     (tmp_path / "changed" / "shard-000000.tar").replace(tmp_path / "labels" / "shard-000000.tar")
+    indexed_anew(tmp_path / "labels")
     message = {"other": "'a' where samples.parquet lists key 'b'", "more": "'z' where .* no more", "fewer": "'nothing'"}
     with pytest.raises(ValueError, match=message[change]):
         export_coco(root, str(tmp_path / "coco.json"))
@@ -257,6 +271,7 @@ def test_a_member_that_leaves_the_folder_is_refused(tmp_path):
     root = write_labels(tmp_path / "labels", [[Label("x", blocks(), (1,))]])
     png = grey_png(blocks())
     write_tar(tmp_path / "labels" / "shard-000000.tar", [("../../x.png", png), ("../../x.json", b"{}")])
+    indexed_anew(tmp_path / "labels")
     with pytest.raises(BrokenShardError, match=r"\.\./\.\./x\.png"):
         export_pngs(root, str(tmp_path / "a" / "pngs"))
     assert not list(tmp_path.glob("*.png")) and not list((tmp_path / "a").glob("*.png"))
