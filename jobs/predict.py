@@ -16,7 +16,8 @@ from dfa.data import storage
 from dfa.data.labels import strip_image_extension
 from dfa.data.listing import ImageListing
 from dfa.label import factory
-from dfa.label.export import export_pngs, read_label_index
+from dfa.label.export import export_pngs
+from dfa.label.finished import read_label_index
 from dfa.label.images import ListedImages
 from dfa.label.output import LabelReject
 from dfa.train.loop import start_ray

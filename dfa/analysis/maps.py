@@ -26,7 +26,7 @@ from dfa.data.offline import resolve
 from dfa.data.samples import sample_key
 from dfa.data.shards import INDEX_KIND, INDEX_NAME, MASK_EXTENSION, load_index, samples_by_shard
 from dfa.data.transforms import decode_mask
-from dfa.label.export import read_label_index, read_label_rows, read_members
+from dfa.label.finished import read_label_index, read_label_rows, read_members
 
 SUFFIXES = (".png", ".npy", ".npz")
 Array = np.ndarray[Any, np.dtype[Any]]

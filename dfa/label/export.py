@@ -1,58 +1,36 @@
-"""A finished folder of labels in the forms that other tools read: VOC's PNG folder, COCO's JSON, soft maps as arrays.
+"""A finished folder of labels in the forms that other tools read: VOC's PNG folder, COCO's JSON.
 
-Reads the folder alone (its layout is in `dfa.label.output`), shard by shard, so that memory does not grow with the data
-set. Exports are pure functions of the folder: the same bytes at every run, each file whole or not there.
+Exports are pure functions of the folder: the same bytes at every run, each file whole or not there.
 """
 
 import errno
 import json
 import os
-import tarfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow.parquet
 from pycocotools import mask as coco_mask
 
 from dfa.data import storage
 from dfa.data.classes import nearest
-from dfa.data.offline import LABELS_KIND
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    SAMPLES_NAME,
-    BrokenShardError,
     RawSample,
     ShardIndex,
-    read_shard,
     samples_by_shard,
-    sha256_of,
 )
 from dfa.data.sources import coco_key, read_coco
-from dfa.data.transforms import UInt8Array, decode_mask
+from dfa.data.transforms import decode_mask
 from dfa.label.claim import UnwritableError
-from dfa.label.output import MASK_EXTENSION, Quality
+from dfa.label.finished import MAX_MAP_PIXELS, LabelRow, read_label_index, read_label_rows, samples_of
+from dfa.label.output import MASK_EXTENSION
 
-_ROWS_AT_ONCE = 4096
 _EXPORTED_NAME = "pngs.json"  # which PNGs were written where
-_OPTIONAL_SHARES = ("agreement_model", "agreement_seed_model")
-_SHARES = ("confidence", "void_share", "agreement_seed", *_OPTIONAL_SHARES)
-#: A member larger than this is no mask of a photograph: a hostile header must not make us allocate it.
-_MAX_MEMBER_BYTES = 512 * 2**20
-_MAX_MAP_PIXELS = 100_000_000
 _PROBE_NAME = ".probe"
-
-
-@dataclass(frozen=True)
-class LabelRow(Quality):
-    """One row of a label folder's samples.parquet: a sample's quality, and the shard (of images and of labels) it is in."""
-
-    shard: str
 
 
 @dataclass(frozen=True)
@@ -64,98 +42,6 @@ class OriginalIds:
 
     categories: tuple[tuple[int, str], ...]
     images: dict[str, tuple[int, str]]
-
-
-def read_label_index(root: str) -> dict[str, Any]:
-    """Return index.json of a finished folder of labels.
-
-    Raises:
-        ValueError: no folder, labels that are not finished, or something else.
-    """
-    address = storage.join(root, INDEX_NAME)
-    if not storage.exists(address):
-        raise ValueError(f"{root} has no {INDEX_NAME}: no finished folder of labels; run jobs/pseudo_label (again)")
-    document = storage.read_json(address)
-    if not isinstance(document, dict) or document.get("kind") != LABELS_KIND:
-        raise ValueError(f"{address} is no index of dfa labels")
-    if document.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{address} has format {document.get('format')}; this version reads format {FORMAT_VERSION}")
-    return document
-
-
-def read_label_rows(root: str) -> Iterator[LabelRow]:
-    """Yield the rows of samples.parquet in shard and row order, a few thousand in memory at a time.
-
-    Raises:
-        ValueError: a row whose shares are not in 0..1.
-    """
-    address = storage.join(root, SAMPLES_NAME)
-    with storage.open_read(address) as file, pyarrow.parquet.ParquetFile(file) as table:
-        columns = list(LabelRow.__dataclass_fields__)
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-            yield from (_label_row(row, address) for row in batch.to_pylist())
-
-
-def _label_row(row: dict[str, Any], address: str) -> LabelRow:
-    row |= {"labels": tuple(row["labels"]), "empty": tuple(row["empty"])}
-    for name in _SHARES:
-        if row[name] is None and name in _OPTIONAL_SHARES:
-            continue
-        if row[name] is None or not 0 <= row[name] <= 1:
-            raise ValueError(f"{address}, key {row['key']!r}: {name} is {row[name]}; allowed: 0..1")
-        row[name] = round(row[name], 6)  # the digits that were written, without those of float32
-    return LabelRow(**row)
-
-
-def read_members(address: str, names: Collection[str]) -> dict[str, bytes]:
-    """Return those of the named members that a shard holds; the others are skipped, nothing is unpacked to disk.
-
-    Raises:
-        BrokenShardError: a damaged tar, or a member that is no plain file of a sensible size.
-    """
-    found: dict[str, bytes] = {}
-    with storage.open_read(address) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.name in names:
-                        found[member.name] = _member_bytes(tar, member, address)
-                    if len(found) == len(names):
-                        break
-        except tarfile.TarError as error:
-            raise BrokenShardError(f"{address} cannot be read: {error}") from error
-    return found
-
-
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, address: str) -> bytes:
-    file = tar.extractfile(member) if member.isreg() and member.size <= _MAX_MEMBER_BYTES else None
-    data = None if file is None else file.read()
-    if data is None or len(data) != member.size:
-        raise BrokenShardError(f"{address}: member {member.name!r} of {member.size} bytes is no whole plain file")
-    return data
-
-
-def read_soft(png: bytes, num_classes_in_image: int) -> UInt8Array:
-    """Return the soft maps of KEY.soft.png: uint8 (R, H, W), probabilities times 255.
-
-    Args:
-        png: 8-bit grey PNG of width W and height R * H, one map below the other.
-        num_classes_in_image: R; map r is the class `classes[r]` of KEY.json, background first.
-
-    Raises:
-        ValueError: no such PNG, or a height that R does not divide.
-    """
-    if num_classes_in_image < 1:
-        raise ValueError(f"an image has at least one map, that of background; got {num_classes_in_image}")
-    try:
-        stacked = decode_mask(png, max_pixels=num_classes_in_image * _MAX_MAP_PIXELS)
-    except ValueError as error:
-        raise ValueError(f"soft maps cannot be read: {error}") from error
-    if stacked.dtype != np.uint8:
-        raise ValueError(f"soft maps are {8 * stacked.itemsize}-bit, not 8-bit")
-    if stacked.shape[0] % num_classes_in_image:
-        raise ValueError(f"soft maps are {stacked.shape[0]} pixels high, no multiple of {num_classes_in_image} classes")
-    return stacked.astype(np.uint8, copy=False).reshape(num_classes_in_image, -1, stacked.shape[1])
 
 
 def export_pngs(root: str, folder: str, names: Mapping[str, str] | None = None) -> int:
@@ -327,26 +213,6 @@ def _writing(address: str) -> Iterator[None]:
         raise UnwritableError(f"labels cannot be exported to {address}: {error}") from error
 
 
-def samples_of(root: str, index: dict[str, Any]) -> Iterator[tuple[LabelRow, RawSample]]:
-    """Yield the rows of samples.parquet beside what the shards hold; `image` of the latter is the mask's PNG."""
-    rows = read_label_rows(root)
-    for shard in index["shards"]:
-        address = storage.join(root, shard["name"])
-        if sha256_of(address) != shard["sha256"]:
-            raise ValueError(
-                f"label shard {address} is not as it was written (its SHA-256 is not that of {INDEX_NAME}); delete it, and"
-                " the command that wrote it makes it again"
-            )
-        for sample in read_shard(address) if shard["num_samples"] else ():
-            row = next(rows, None)
-            if row is None or (row.key, row.shard) != (sample.key, shard["name"]):
-                listed = "no more" if row is None else f"key {row.key!r} of {row.shard}"
-                raise ValueError(f"{address} holds key {sample.key!r} where {SAMPLES_NAME} lists {listed}")
-            yield row, sample
-    if (row := next(rows, None)) is not None:
-        raise ValueError(f"{root}: {SAMPLES_NAME} lists key {row.key!r} of {row.shard}, which the shards do not hold")
-
-
 def _category_ids(class_names: Sequence[str], categories: Sequence[tuple[int, str]]) -> tuple[int, ...]:
     """The category id of each class, in the order of `class_names`."""
     by_name = {name: identity for identity, name in categories}
@@ -400,7 +266,7 @@ def _regions(row: LabelRow, sample: RawSample, num_classes: int) -> Iterator[tup
     """The classes 1..C that a mask shows, ascending, with the segmentation, area and box of each."""
     where = f"{row.shard}, key {row.key!r}"
     try:
-        mask_HW = decode_mask(sample.image, max_pixels=_MAX_MAP_PIXELS)
+        mask_HW = decode_mask(sample.image, max_pixels=MAX_MAP_PIXELS)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if mask_HW.shape != (row.height, row.width):

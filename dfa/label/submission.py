@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from dfa.data import storage
 from dfa.data.writer import add_member
-from dfa.label.export import read_label_index, samples_of
+from dfa.label.finished import read_label_index, samples_of
 from dfa.label.output import MASK_EXTENSION
 
 COMPETITIONS = ("comp5", "comp6")

@@ -16,7 +16,7 @@ import numpy as np
 from dfa.data import storage
 from dfa.data.shards import RawSample, ShardIndex, read_shard
 from dfa.data.transforms import decode_mask, decode_rgb
-from dfa.label.export import LabelRow, read_label_index, read_label_rows, read_members
+from dfa.label.finished import LabelRow, read_label_index, read_label_rows, read_members
 from dfa.label.output import CONFIDENCE_EXTENSION, MASK_EXTENSION, UnwritableError
 from dfa.label.scoring import MODEL_EXTENSION
 from dfa.report.figures import Example, present_legend, sample_panels
@@ -57,7 +57,7 @@ class LabelQuality:
     """A folder of labels. Shares are 0..1; None where there is nothing to take a mean of.
 
     void_share, background_share: of all pixels. empty_rate: of all labels of all images. confidence and the agreements
-    (see `dfa.label.export.LabelRow`) are means over images, whatever their size; those with the model over the images
+    (see `dfa.label.finished.LabelRow`) are means over images, whatever their size; those with the model over the images
     that it looked at.
     """
 

@@ -67,6 +67,13 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+def blocks() -> np.ndarray:
+    """A mask of classes 1 and 3 and a void pixel."""
+    mask = np.zeros((8, 11), np.uint8)
+    mask[2:5, 3:9], mask[4:7, 0:4], mask[0, 10] = 1, 3, 255
+    return mask
+
+
 def write_labels(root: Path, shards: Sequence[Sequence[Label]], names: Sequence[str] = NAMES, plan: str = "p") -> str:
     """Write a finished label folder; return its address."""
     root.mkdir(parents=True)

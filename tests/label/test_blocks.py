@@ -7,7 +7,7 @@ from dfa.data.offline import OfflineLabels, check_labels
 from dfa.data.shards import read_samples
 from dfa.data.transforms import decode_mask
 from dfa.label.blocks import write_block_labels, write_block_pngs
-from dfa.label.export import read_label_rows
+from dfa.label.finished import read_label_rows
 from tests.analysis.made import truth_of, write_images, write_pngs
 
 KEYS = [f"k{number}" for number in range(6)]

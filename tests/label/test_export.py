@@ -5,7 +5,6 @@ import gc
 import io
 import json
 import shutil
-import tarfile
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,10 @@ from dfa.label.export import (
     check_listed,
     export_coco,
     export_pngs,
-    read_label_rows,
-    read_members,
     read_original_ids,
-    read_soft,
 )
 from dfa.label.output import UnwritableError
-from tests.label.folder import NAMES, Label, grey_png, indexed_anew, write_images, write_labels, write_tar
+from tests.label.folder import NAMES, Label, blocks, grey_png, indexed_anew, write_images, write_labels, write_tar
 
 CONF = Path(__file__).parents[2] / "conf"
 RANDOM = np.random.default_rng(0)
@@ -41,12 +37,6 @@ RANDOM = np.random.default_rng(0)
 
 def random_mask(height, width, values=(0, 1, 2, 3, 255)):
     return RANDOM.choice(np.array(values, np.uint8), (height, width))
-
-
-def blocks():
-    mask = np.zeros((8, 11), np.uint8)
-    mask[2:5, 3:9], mask[4:7, 0:4], mask[0, 10] = 1, 3, 255
-    return mask
 
 
 SHARDS = (
@@ -295,13 +285,6 @@ def test_a_place_that_cannot_be_written_is_named(root, tmp_path):
         export_coco(root, str(tmp_path / "file" / "coco.json"))
 
 
-def test_rows_with_shares_outside_0_to_1_are_named(tmp_path):
-    for wrong in (1.5, float("nan")):
-        root = write_labels(tmp_path / str(wrong), [[Label("x", blocks(), (1,), confidence=wrong)]])
-        with pytest.raises(ValueError, match=f"key 'x': confidence is {wrong}"):
-            list(read_label_rows(root))
-
-
 def test_exports_need_no_more_memory_for_more_shards(tmp_path):
     def peak(num_shards):
         shards = [[Label(f"k{number}", random_mask(256, 256), (1, 2, 3))] for number in range(num_shards)]
@@ -319,38 +302,6 @@ def test_exports_need_no_more_memory_for_more_shards(tmp_path):
     # Ten times the file: what is not streamed would be ten times as much. A few names and ids do grow.
     assert many < 1.3 * few, f"{few} bytes for 4 shards, {many} for 40"
     assert (tmp_path / "40.json").stat().st_size > many
-
-
-def test_soft_maps_come_back_in_their_order():
-    soft_RHW = RANDOM.integers(0, 256, (3, 5, 7), dtype=np.uint8)
-    np.testing.assert_array_equal(read_soft(grey_png(soft_RHW.reshape(15, 7)), 3), soft_RHW)
-    with pytest.raises(ValueError, match="15 pixels high, no multiple of 4"):
-        read_soft(grey_png(soft_RHW.reshape(15, 7)), 4)
-    with pytest.raises(ValueError, match="at least one map"):
-        read_soft(grey_png(soft_RHW.reshape(15, 7)), 0)
-    with pytest.raises(ValueError, match=r"soft maps cannot be read: .* mode RGB"):
-        read_soft(grey_png(np.zeros((6, 2, 3), np.uint8)), 3)
-
-
-def test_members_are_read_by_name_and_a_cut_shard_is_noticed(tmp_path):
-    extra = (("confidence.png", b"certain"), ("soft.png", b"soft"))
-    root = tmp_path / "labels"
-    write_labels(root, [[Label(key, blocks(), (1,), members=extra) for key in "xyz"]])
-    path = root / "shard-000000.tar"
-    found = read_members(str(path), {"y.confidence.png", "z.soft.png", "z.other.png"})
-    assert found == {"y.confidence.png": b"certain", "z.soft.png": b"soft"}
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(BrokenShardError, match=r"shard-000000\.tar"):
-        read_members(str(path), {"z.soft.png"})
-
-
-def test_members_that_are_no_plain_file_are_refused(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        link = tarfile.TarInfo("x.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        tar.addfile(link)
-    with pytest.raises(BrokenShardError, match=r"'x\.png'"):
-        read_members(str(tmp_path / "x.tar"), {"x.png"})
 
 
 def original(tmp_path, names):

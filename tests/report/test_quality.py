@@ -17,7 +17,7 @@ from PIL import Image
 from dfa.data import storage
 from dfa.data.samples import Sample
 from dfa.data.shards import load_index
-from dfa.label.export import read_label_rows
+from dfa.label.finished import read_label_rows
 from dfa.report.figures import heat_overlay, mask_overlay
 from dfa.report.quality import class_statistics, worst_samples, write_quality
 from tests.label.folder import NAMES, SCHEMA, Label, grey_png, write_images, write_labels
