@@ -57,6 +57,7 @@ def test_the_script_starts_all_nodes_and_a_signal_puts_it_back_into_the_queue(tm
         )
     try:
         wait_for(lambda: found.exists() or script.poll() is not None, "the job on both nodes")
+        assert found.exists(), log.read_text()
         assert json.loads(found.read_text()) == {"nodes": 2, "mode": "token"}, log.read_text()
         script.send_signal(signal.SIGTERM)  # as --signal=B:TERM@120
         assert script.wait(timeout=120) == 130, log.read_text()
