@@ -48,8 +48,8 @@ def load(
         A `dfa.model.predictor.Predictor`: `predict(image)`, `predict_batch(images)`, `class_names`, `palette`.
 
     Raises:
-        ValueError: no checkpoint there, damaged files, CLIP weights that are absent or do not fit, or a model of another
-            version of dfa.
+        ValueError: no checkpoint there, damaged files, CLIP weights that are absent or do not fit, a model of another
+            version of dfa, or a device that is not there.
     """
     from dfa.build.predicting import load as load_predictor  # here, so that `import dfa.core` needs torch alone
 

@@ -131,6 +131,7 @@ def _exports(config: Config, root: str, original: OriginalIds | None) -> Result:
 def _check_exports(config: Config, root: str) -> None:
     """What cannot be written after the labelling is found before it."""
     label = config.label
+    check_folder(root)
     if label.png:
         check_folder(storage.beside(root, _PNG))
     if label.coco:

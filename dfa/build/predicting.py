@@ -45,7 +45,7 @@ def load(
     """A predictor of a checkpoint; documented as `dfa.load`."""
     folder = checkpoint_folder(checkpoint)
     built = checkpoint_segmenter(
-        folder, torch.device(device), clip_checkpoint=clip_checkpoint, clip_model=clip_model, kind=weights
+        folder, _device(device), clip_checkpoint=clip_checkpoint, clip_model=clip_model, kind=weights
     )
     defaults = Config()
     return Predictor(
@@ -56,6 +56,16 @@ def load(
         min_probability=defaults.label.min_probability,
         max_pixels=defaults.data.max_pixels,
     )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that PyTorch knows; give cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but PyTorch finds no GPU here; give cpu")
+    return found
 
 
 def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> str:

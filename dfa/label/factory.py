@@ -83,7 +83,7 @@ class FactoryPlan:
 class PassResult:
     """A finished pass; the numbers are of this call (0 where all was there).
 
-    seconds: from its first batch to its last commit. work_s: seconds of all workers by kind of work: read, cam, crf,
+    images_now: images that got a label, rejects not among them. seconds: from its first batch to its last commit. work_s: seconds of all workers by kind of work: read, cam, crf,
     encode.
     """
 
@@ -144,8 +144,7 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
 
 def _result(each: LabelPass, items: list[LabelItem], line: "_Line") -> PassResult:
     report = finish(each.output, items, each.images.class_names, each.images.plan_hash, each.settings)
-    images_now = sum(item.num_rows for item in line.todo[each.name].values())
-    return PassResult(report, images_now, line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {}))
+    return PassResult(report, line.num_labelled.get(each.name, 0), line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {}))
 
 
 def _settings_hash(label_pass: LabelPass) -> str:
@@ -180,6 +179,7 @@ class _Line:
         self.seconds: dict[str, float] = {}
         self.work_s: dict[str, dict[str, float]] = {}
         self.starts: dict[str, float] = {}
+        self.num_labelled: dict[str, int] = {}
         self.num_done, self.num_images = 0, sum(item.num_rows for part in todo.values() for item in part.values())
         self.begin = self.told = time.monotonic()
 
@@ -201,6 +201,7 @@ class _Line:
         finally:
             for actor in self.actors.values():
                 ray.kill(actor)
+        self._tell()
         if self.problems:
             shown = "; ".join(self.problems[:5]) + ("; ..." if len(self.problems) > 5 else "")
             raise ValueError(
@@ -344,6 +345,7 @@ class _Line:
         shard.label_pass.claim.check()
         commit(shard.label_pass.output, item, shard.label_pass.settings, records, rejects, tally, timings)
         shard.pieces.clear()
+        self.num_labelled[name] = self.num_labelled.get(name, 0) + len(records)
         self.seconds[name] = time.monotonic() - self.starts[name]
 
     def _adapt(self) -> None:

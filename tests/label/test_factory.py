@@ -247,11 +247,12 @@ def test_samples_without_label_or_pixels_are_rejected_with_their_reason(shards, 
     document["shards"][0]["sha256"] = hashlib.sha256(bytes(content)).hexdigest()
     Path(shards.root, "index.json").write_text(json.dumps(document))
     settings = replace(SETTINGS, skip_unlabelled=True)
-    report = _run(load_index(shards.root), tmp_path / "labels", settings=settings).report
+    done = _run(load_index(shards.root), tmp_path / "labels", settings=settings)
+    report = done.report
     reasons = {reject.key: reject.reason for reject in report.rejects}
     assert sorted(reasons) == ["k0", "k4"]
     assert reasons["k4"].startswith("no image-level label")
-    assert report.num_samples == 8
+    assert report.num_samples == done.images_now == 8
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -311,6 +311,12 @@ def test_what_is_no_checkpoint_is_refused(config, tmp_path):
         dfa.load(best / "model.safetensors")
 
 
+@pytest.mark.parametrize("device", ["gpu", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])])
+def test_a_device_that_is_not_there_is_refused_by_its_name(config, model, device):
+    with pytest.raises(ValueError, match=f"device='{device}'.*; give cpu"):
+        dfa.load(Path(config.run), device=device)
+
+
 def test_changed_files_are_refused(config, tmp_path):
     copy = shutil.copytree(Path(config.run) / "checkpoints/step-00000001", tmp_path / "copy")
     weights = bytearray((copy / "model.safetensors").read_bytes())
