@@ -83,8 +83,8 @@ class FactoryPlan:
 class PassResult:
     """A finished pass; the numbers are of this call (0 where all was there).
 
-    images_now: images that got a label, rejects not among them. seconds: from its first batch to its last commit. work_s: seconds of all workers by kind of work: read, cam, crf,
-    encode.
+    images_now: images that got a label, rejects not among them. seconds: from its first batch to its last commit. work_s:
+    seconds of all workers by kind of work: read, cam, crf, encode.
     """
 
     report: LabelReport
