@@ -35,10 +35,11 @@ def test_a_wrong_key_is_told_with_its_variant_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_ablation_of_the_world_is_valid():
-    path, content = read_yaml("ablations/world")
+@pytest.mark.parametrize("name", ["levers", "world"])
+def test_the_ablations_of_the_world_are_valid(name):
+    path, content = read_yaml(f"ablations/{name}")
     ablation = Ablation.from_mapping(content)
-    assert path == str(CONF / "ablations" / "world.yaml") and ablation.variants["dfa"] == ()
+    assert path == str(CONF / "ablations" / f"{name}.yaml") and () in ablation.variants.values()
     for changes in ablation.variants.values():
         load("demo", changes)
 
