@@ -26,6 +26,7 @@ MODES = (
     "ingest",
     "labels",
     "labels_memory",
+    "mixer",
     "state",
     "step",
     "transport",
