@@ -125,7 +125,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def all_of_it() -> Result:
-        path, content = read_yaml(arguments.variants)
+        try:
+            path, content = read_yaml(arguments.variants)
+        except ValueError as error:
+            raise ValueError(f"VARIANTS: {error}") from error
         try:
             ablation = Ablation.from_mapping(content)
         except ValueError as error:

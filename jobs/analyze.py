@@ -36,6 +36,7 @@ def work(config: Config) -> Result:
     sums.begin(output, {"prediction": prediction.root, "truth": truth.root, "settings": repr(settings)})
     start_ray()
     done = stream.run(output, parts, settings, cpus=analyze.cpus)
+    sums.write_rejects(output, done.sums.rejects)
     _check_rejects(done.sums, config.data.max_reject_share)
     names = ("background", *build.class_set(config).names)
     found = summarise(

@@ -1,7 +1,7 @@
 """Look at a PASCAL VOC or COCO folder before sharding it: `python -m jobs.check ROOT`.
 
-Says what is fine, missing or wrong, where the official parts are, and the commands to run next. Exit code 1 where something is
-missing or wrong.
+Says what is fine, missing or wrong, where the official parts are, and the commands to run next. Exit code 1 where something
+that is needed is missing or wrong.
 """
 
 import argparse

@@ -28,6 +28,11 @@ _BATCH = 8
 
 def work(config: Config) -> Result:
     """Observe the run's model on each grid."""
+    grids = config.correlate.grids
+    if len(set(grids)) < 2 or min(grids) < 1:
+        raise ValueError(
+            f"correlate.grids is {list(grids)}, allowed are at least two different numbers of cells from 1 on"
+        )
     device, index = build.device(config), build.index(config, "val")
     segmenter = build.trained_segmenter(config, device, config.label.checkpoint)
     limit = config.evaluate.limit or None
@@ -42,7 +47,6 @@ def work(config: Config) -> Result:
             done += len(batch)
             log.info("%d of %d images", done, limit or index.num_samples)
 
-    grids = config.correlate.grids
     found = observe(batches(), _on_grids(segmenter), grids=grids, num_classes=len(index.class_names) + 1)
     result: Result = {
         "job": "correlate",
@@ -64,8 +68,11 @@ def _on_grids(segmenter: Segmenter) -> Forward:
 
     def forward(image_B3HW: Tensor, grid: int) -> Tensor:
         patches = max(1, round(max(image_B3HW.shape[-2:]) / patch))
-        if grid > patches:
-            raise ValueError(f"correlate.grids has {grid} cells, the patch grid of an image has {patches}")
+        if grid > max(decoder.working_grid((patches, patches))):
+            limit = (
+                f"decoder.grid={own:g} leaves {decoder.working_grid((patches, patches))[0]} of" if own else "there are"
+            )
+            raise ValueError(f"correlate.grids has {grid} cells, and {limit} {patches} patches along an image")
         decoder.grid_share = grid / patches if grid else own
         try:
             return segmenter.logits(image_B3HW, scales=[1.0], flip=False)

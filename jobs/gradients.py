@@ -22,6 +22,7 @@ from dfa.data.stream import eval_batches
 from dfa.model.segmenter import Segmenter
 from dfa.report.page import write_page
 from dfa.report.spectral import gradient_report
+from dfa.train.checkpoint import find_checkpoint
 from jobs import Result, main
 
 log = logging.getLogger("jobs.gradients")
@@ -34,18 +35,29 @@ def work(config: Config) -> Result:
     index = build.index(config, "val")
     segmenter = build.trained_segmenter(config, build.device(config), config.label.checkpoint)
     patches = config.crop.size // segmenter.patch_size
-    nu_max = min(config.analyze.nu_max, patches // 2)
-    images = _images(segmenter, index, config.evaluate.limit or _IMAGES, config.data.max_pixels, nu_max)
+    working = min(segmenter.student.decoder.working_grid((patches, patches)))
+    nu_max = min(config.analyze.nu_max, working // 2)
+    if nu_max < 1:
+        raise ValueError(
+            f"decoder.grid={config.decoder.grid:g} leaves a grid of {working} cells to the decoder on crops of {patches}"
+            " patches: gradients by frequency need at least 2"
+        )
+    used = list[str]()
+    images = _images(segmenter, index, config.evaluate.limit or _IMAGES, config.data.max_pixels, nu_max, used)
     profiles = gradient_profiles(images, _modules(segmenter), nu_max=nu_max)
     result: Result = {
         "job": "gradients",
         "run": config.run,
+        "checkpoint": find_checkpoint(config.run, config.label.checkpoint),
+        "images": used,
         "nu_max": nu_max,
         "profiles": {name: each.tolist() for name, each in profiles.items()},
         "strongest_ring": {name: each.argmax(1).tolist() for name, each in profiles.items()},
     }
     storage.write_json(storage.join(config.run, NUMBERS_NAME), result)
-    page = write_page(gradient_report(profiles, title=f"{config.name}: gradients"), storage.join(config.run, PAGE_NAME))
+    provenance = {"checkpoint": result["checkpoint"], "images": f"{len(used)} of {index.root}: {', '.join(used[:8])}"}
+    report = gradient_report(profiles, title=f"{config.name}: gradients", provenance=provenance)
+    page = write_page(report, storage.join(config.run, PAGE_NAME))
     return {key: value for key, value in result.items() if key != "profiles"} | {"page": page}
 
 
@@ -56,16 +68,17 @@ def _modules(segmenter: Segmenter) -> dict[str, nn.Module]:
 
 
 def _images(
-    segmenter: Segmenter, index: ShardIndex, limit: int, max_pixels: int, nu_max: int
+    segmenter: Segmenter, index: ShardIndex, limit: int, max_pixels: int, nu_max: int, used: list[str]
 ) -> Iterator[tuple[Component, Callable[[Tensor], Tensor]]]:
-    """Image by image: its encoder's tokens, once, and the loss at pixel size of what the decoder makes of them."""
+    """Image by image: its encoder's tokens, once, and the loss at pixel size of what the decoder makes of them. Keys go to `used`."""
     decoder = segmenter.student.decoder
     for batch in eval_batches(index, rank=0, world=1, batch_size=1, max_pixels=max_pixels, limit=limit):
         patch, device = segmenter.patch_size, segmenter.clip.device
         height, width = (size // patch * patch for size in batch.image_B3HW.shape[-2:])
-        if nu_max > min(height, width) // patch // 2:
+        if nu_max > min(decoder.working_grid((height // patch, width // patch))) // 2:
             log.warning("%s is left out: its patch grid has no room for %d cycles", batch.keys[0], nu_max)
             continue
+        used.append(batch.keys[0])
         assert batch.mask_BHW is not None  # eval_batches refuses samples without
         features = segmenter.encode(
             batch.image_B3HW[..., :height, :width].to(device), with_similarity=False, with_attention=False

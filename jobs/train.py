@@ -20,6 +20,7 @@ def work(config: Config) -> Result:
     """Train to the end of the configuration's plan."""
     plan = build.loop_plan(config)
     _describe(config)
+    build.check_clip(config)
     result = loop.run(plan)
     return {"job": "train", "run": config.run, **result}
 

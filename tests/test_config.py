@@ -95,6 +95,7 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults():
         ("trian.steps=5", r"did you mean 'train.steps'"),
         ("train.steps", r"not of the form"),
         ("train.steps=many", r"override train.steps"),
+        ("analyze.grids=nine", r"override analyze.grids: a list is expected, as \[a, b\]"),
         ("train.steps=0", r"train.steps is 0, allowed is 1 to"),
         ("clip.similarity=surgry", r"allowed are \['raw', 'value', 'surgery'\]; did you mean 'surgery'"),
     ],
@@ -112,7 +113,7 @@ def test_a_typo_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
 
 
 def test_an_unknown_configuration_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"conf/ has .*demo"):
+    with pytest.raises(ValueError, match=r"conf/ has ablations/levers, ablations/world, .*demo"):
         config.load("dmeo")
 
 

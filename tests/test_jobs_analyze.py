@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,23 @@ def test_too_many_unusable_pairs_fail_the_job_after_the_sums(tmp_path, ray_sessi
         analyze.work(configured(tmp_path, *overrides))
     result = analyze.work(configured(tmp_path, *overrides, "data.max_reject_share=0.2"))
     assert result["analyzed_now"] == 0 and result["rejects"] == ["k8: prediction: no such file"]
+    (line,) = Path(result["output"], "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"key": "k8", "reason": "prediction: no such file"}
+    assert "1 could not be used" in Path(result["page"]).read_text()
+
+
+def test_an_analysis_of_other_folders_in_the_same_place_is_told(tmp_path, caplog):
+    sums.begin(str(tmp_path / "a"), {"prediction": "one", "truth": "t"})
+    sums.begin(str(tmp_path / "a"), {"prediction": "one", "truth": "t"})
+    assert "held the analysis" not in caplog.text
+    sums.begin(str(tmp_path / "a"), {"prediction": "two", "truth": "t"})
+    assert "held the analysis of another prediction one; it is replaced" in caplog.text
+
+
+@pytest.mark.parametrize("grid", [0, -3, 8])
+def test_a_grid_that_no_band_needs_is_refused(tmp_path, grid):
+    with pytest.raises(ValueError, match=rf"analyze\.grids has {grid}, allowed are odd numbers"):
+        build.analysis_settings(configured(tmp_path, f"analyze.grids=[{grid}]"))
 
 
 def test_block_wise_masks_are_written_from_shards_and_from_folders(tmp_path):
@@ -107,6 +125,10 @@ def test_block_wise_masks_are_written_from_shards_and_from_folders(tmp_path):
         blocks.work(config)
     with pytest.raises(ValueError, match=r"blocks.input and shards.train are empty"):
         blocks.work(configured(tmp_path))
+    with pytest.raises(ValueError, match=r"blocks.input=.*nowhere is no folder; give one of image shards"):
+        blocks.work(configured(tmp_path, f"blocks.input={tmp_path}/nowhere"))
+    with pytest.raises(ValueError, match=r"^shards.train: .*give a folder of image shards with masks, or of PNG masks"):
+        blocks.work(configured(tmp_path, f"shards.train={tmp_path}/run/blocks/4"))
 
 
 def test_truncated_decoders_of_the_configuration_cost_less(tmp_path):

@@ -47,6 +47,21 @@ def test_the_run_folder_says_what_made_it_and_how_each_start_differs(config, cap
     assert first["hash"] != second["hash"] and second["host"] == record["machine"]["host"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["clip.checkpoint=missing.pt"], r"missing\.pt"),
+        (["clip.model=ViT-B-16", "clip.checkpoint=openai"], "trained with QuickGELU"),
+        (["method=ffr", "ffr.block=9"], r"ffr\.block is 9, allowed is 0 to 5"),
+    ],
+)
+def test_what_every_worker_would_refuse_is_told_before_any_is_started(config, overrides, message):
+    other = load("demo", [f"run={config.run}-other", f"shards.train={config.shards.train}", *overrides])
+    with pytest.raises(ValueError, match=message):
+        train.work(other)
+    assert read_starts(other.run, "workers") == []
+
+
 def test_a_run_is_not_continued_on_other_shards(config, tmp_path):
     train.work(config)
     config.shards.train = str(tmp_path / "others")

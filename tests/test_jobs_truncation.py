@@ -1,5 +1,6 @@
 """correlate and gradients on an untrained run and a few scenes: no Ray, no training."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -60,10 +61,20 @@ def test_features_are_truncated_as_a_model_with_that_grid_would(config):
     assert len({row["features_miou"] for row in result["grids"]}) > 1
 
 
-def test_a_grid_beyond_the_patches_is_refused(config):
-    config.correlate.grids = [3, 15]
-    with pytest.raises(ValueError, match=r"correlate.grids has 15 cells, the patch grid of an image has 14"):
-        correlate.work(config)
+@pytest.mark.parametrize(
+    ("grids", "share", "message"),
+    [
+        ([3, 15], 0.0, r"correlate\.grids has 15 cells, and there are 14 patches along an image"),
+        ([3, 9], 0.5, r"correlate\.grids has 9 cells, and decoder\.grid=0\.5 leaves 7 of 14 patches"),
+        ([3, 3], 0.0, r"correlate\.grids is \[3, 3\], allowed are at least two different numbers of cells"),
+        ([0, 3], 0.0, r"correlate\.grids is \[0, 3\], allowed are"),
+    ],
+)
+def test_grids_that_cannot_be_compared_are_refused(config, grids, share, message):
+    other = copy.deepcopy(config)
+    other.correlate.grids, other.decoder.grid = grids, share
+    with pytest.raises(ValueError, match=message):
+        correlate.work(other)
 
 
 def test_gradients_of_every_stage_are_written(config):
@@ -72,4 +83,16 @@ def test_gradients_of_every_stage_are_written(config):
     assert result["nu_max"] == 2 and list(numbers["profiles"]) == ["block 1", "fused feature", "logits"]
     for profile in numbers["profiles"].values():
         assert len(profile) == 3 and all(len(row) == 3 and all(value > 0 for value in row) for row in profile)
-    assert "<img" in Path(result["page"]).read_text()
+    page = Path(result["page"]).read_text()
+    assert "<img" in page and numbers["images"][0] in page and len(numbers["images"]) == 2
+    assert numbers["checkpoint"].endswith("checkpoints/step-00000001")
+
+
+def test_a_decoder_on_a_coarser_grid_has_gradients_up_to_its_own_and_the_change_is_told(config, caplog):
+    other = copy.deepcopy(config)
+    other.decoder.grid, other.analyze.nu_max = 0.5, 5
+    assert gradients.work(other)["nu_max"] == 3  # of 7 cells
+    assert "was trained with other settings: decoder.grid=0.0, now 0.5" in caplog.text
+    other.decoder.grid = 0.05
+    with pytest.raises(ValueError, match=r"decoder\.grid=0\.05 leaves a grid of 1 cells"):
+        gradients.work(other)

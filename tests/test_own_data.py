@@ -226,9 +226,13 @@ def test_labels_outside_the_class_list_reject_their_image_and_name_the_nearest(p
     [
         (
             "image,labels\n2.jpg,cat,dog\n",
-            r"line 2 has more cells than the header's \['image', 'labels'\]; several labels",
+            r"line 2 has more cells than the header's \['image', 'labels'\]; a name with a comma needs quotes, and several labels",
         ),
-        ("image;labels\n2.jpg;cat\n", r"no column 'image'; .* a \.csv is separated by commas"),
+        ("image;labels\n2.jpg;cat\n", r"line 1 has one column, 'image;labels': a \.csv is separated by commas"),
+        (
+            "file,class\n2.jpg,cat\n",
+            r"line 2 has no column 'image'.*data\.image_column and data\.label_column may name",
+        ),
     ],
 )
 def test_a_table_of_another_form_says_what_is_needed(photos, text, message):

@@ -63,6 +63,8 @@ def run(output: str, parts: Sequence[PairPart], settings: AnalysisSettings, *, c
         if time.monotonic() - told_s >= _PROGRESS_EVERY_S:
             told_s = time.monotonic()
             logger.info("%d of %d pairs, %.0f pairs/s", num_done, num_pairs, num_done / (told_s - start_s))
+    if todo:
+        logger.info("%d of %d pairs", num_done, num_pairs)
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(f"{len(problems)} of {len(todo)} parts cannot be analysed, the others are done: {shown}")

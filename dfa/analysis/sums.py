@@ -2,9 +2,12 @@
 
 OUTPUT/plan.json               what is compared, and how
 OUTPUT/parts/part-000000.json  the sums of one part, with the hash of its files and of the settings; written whole or not
-OUTPUT/analysis.json, .html    at the end
+OUTPUT/rejects.jsonl           one line per pair that is not in the sums, with its reason, at the end
+OUTPUT/analysis.json, .html    likewise
 """
 
+import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +22,10 @@ from dfa.core.analysis.labels import LabelSums, boundary_sums, label_sums, no_la
 from dfa.core.analysis.truncation import resize_features
 from dfa.data import storage
 
+logger = logging.getLogger(__name__)
+
 PLAN_NAME, PLAN_KIND, PARTS_FOLDER = "plan.json", "dfa-analysis-plan", "parts"
+REJECTS_NAME = "rejects.jsonl"
 FORMAT_VERSION = 1
 _OWN_NAME = re.compile(r"part-\d+\.json")
 _TENSORS = {"band_CK": torch.float64, "truth_C": torch.int64, "prediction_C": torch.int64, "common_C": torch.int64}
@@ -140,6 +146,10 @@ def begin(output: str, plan: dict[str, Any]) -> None:
             found = storage.read_json(address)
             if not isinstance(found, dict) or found.get("kind") != PLAN_KIND:
                 raise ValueError(f"{address} is no plan of an analysis; choose an empty or a new folder")
+            differ = sorted(key for key in {*found, *plan} if found.get(key) != plan.get(key))
+            if differ:
+                told = ", ".join(f"{key} {found.get(key)}" for key in differ)
+                logger.warning("%s held the analysis of another %s; it is replaced", output, told)
         elif names := [name for name in storage.list_names(output) if name != PARTS_FOLDER and name[0] != "."]:
             raise ValueError(
                 f"{output} is not empty and holds no analysis ({', '.join(names[:4])}); choose an empty or a new folder"
@@ -202,6 +212,12 @@ def total(output: str, parts: Sequence[tuple[str, str]], settings: AnalysisSetti
         if stale and name not in wanted:
             storage.remove(storage.join(folder, name))
     return sums
+
+
+def write_rejects(output: str, rejects: Sequence[PairReject]) -> None:
+    """Write OUTPUT/rejects.jsonl anew."""
+    text = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+    storage.write_atomic(storage.join(output, REJECTS_NAME), lambda file: file.write(text.encode()))
 
 
 def _address(output: str, part: str) -> str:

@@ -14,7 +14,7 @@ from dfa.build.labelling import (
     seed_pass,
     views,
 )
-from dfa.build.model import device, encoder, model_description, segmenter, trained_segmenter
+from dfa.build.model import check_clip, device, encoder, model_description, segmenter, trained_segmenter
 from dfa.build.predicting import checkpoint_config, checkpoint_segmenter, load, prediction_input, prediction_output
 from dfa.build.provenance import code, machine, versions
 from dfa.build.training import loop_plan, pseudo_settings, train_step
@@ -24,6 +24,7 @@ __all__ = [
     "analysis_output",
     "analysis_pairs",
     "analysis_settings",
+    "check_clip",
     "checkpoint",
     "checkpoint_config",
     "checkpoint_segmenter",

@@ -9,7 +9,7 @@ from dfa.analysis.maps import MapLimits, MapSet, find_maps
 from dfa.analysis.summary import TruncationCosts
 from dfa.analysis.sums import AnalysisSettings
 from dfa.build.data import class_set
-from dfa.build.model import beside_conf, decoder_of
+from dfa.build.model import beside_conf, decoder_of, num_token_blocks
 from dfa.clip import vision_size_of
 from dfa.config import Config
 from dfa.core.analysis.cost import deeplab_decoder_flops, vit_flops
@@ -19,7 +19,15 @@ _DEEPLAB_ENCODER, _DEEPLAB_GRID = 95.6e9, 129  # of the spectral analysis, table
 
 
 def analysis_settings(config: Config) -> AnalysisSettings:
-    """How pairs are summed."""
+    """How pairs are summed.
+
+    Raises:
+        ValueError: analyze.grids has what no band is resolved by.
+    """
+    if wrong := [grid for grid in config.analyze.grids if grid < 3 or grid % 2 == 0]:
+        raise ValueError(
+            f"analyze.grids has {wrong[0]}, allowed are odd numbers of cells from 3 on: 2 nu_max + 1 resolve nu_max cycles"
+        )
     limits = MapLimits(len(class_set(config).names) + 1, config.data.max_pixels)
     return AnalysisSettings(limits, config.analyze.nu_max, config.analyze.boundary)
 
@@ -54,7 +62,7 @@ def truncation_costs(config: Config, grids: Sequence[int]) -> tuple[TruncationCo
         layers=vision.layers,
         mlp_ratio=vision.mlp_ratio,
     )
-    num_tokens = config.clip.token_blocks or max(1, vision.layers - 1)
+    num_tokens = num_token_blocks(config)
 
     def flops(grid: int) -> float:
         with torch.device("meta"):  # sizes alone, no weights

@@ -115,6 +115,11 @@ def source(config: Config) -> Iterable[Sample | Reject]:
         raise ValueError(f"data.labels=masks is for data.source=voc, not {data.source!r}")
     if data.source == "coco":
         _annotations(config)
+        if data.masks not in ("", "annotations"):
+            raise ValueError(
+                f"data.masks={data.masks!r} with data.source=coco: allowed is annotations, which paints masks from"
+                " data.annotations, or nothing; a folder of PNGs goes with data.source=folder"
+            )
         masks, crowd, file = bool(data.masks), data.crowd, data.label_file or None
         return CocoSource(data.root, data.annotations, masks=masks, crowd=crowd, label_file=file, **common)  # type: ignore[arg-type]
     return FolderSource(

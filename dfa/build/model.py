@@ -1,7 +1,8 @@
 """The frozen encoder, and the segmenter around it."""
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set
-from dfa.clip import ClipEnsemble, FrozenClip, load_clip, patch_size_of
+from dfa.clip import ClipEnsemble, FrozenClip, load_clip, patch_size_of, vision_size_of
 from dfa.clip.encoder import SecondEncoder
 from dfa.config import ClipConfig, Config
 from dfa.core.affinity import PairLogit
@@ -17,7 +18,9 @@ from dfa.label.seed import SeedSettings
 from dfa.model.decoder import Decoder
 from dfa.model.segmenter import EncoderSettings, Segmenter
 from dfa.model.student import Student
-from dfa.train.checkpoint import WeightKind, find_checkpoint, load_weights
+from dfa.train.checkpoint import WeightKind, find_checkpoint, load_weights, read_info
+
+_log = logging.getLogger(__name__)
 
 
 def device(config: Config) -> torch.device:
@@ -35,6 +38,17 @@ def encoder(config: Config, device: torch.device) -> FrozenClip | ClipEnsemble:
     pairs = [(clip.model, clip.checkpoint), *other_clips(clip)]
     members = [load_clip(beside_conf(model), beside_conf(checkpoint), **common) for model, checkpoint in pairs]
     return members[0] if len(members) == 1 else ClipEnsemble(members)
+
+
+def check_clip(config: Config) -> None:
+    """Load the CLIP weights once, where their errors are told at once and in one line; workers would tell them one by one. Weights
+    that open_clip fetches are then on this machine.
+
+    Raises:
+        ValueError: weights that are absent, damaged or of another architecture.
+    """
+    if any(checkpoint != "random" for _, checkpoint in [("", config.clip.checkpoint), *other_clips(config.clip)]):
+        encoder(config, torch.device("cpu"))
 
 
 def other_clips(clip: ClipConfig) -> list[tuple[str, str]]:
@@ -61,6 +75,11 @@ def beside_conf(name: str) -> str:
 def patch_size(model: str) -> int:
     """Pixels along a patch of the encoder that clip.model names, without its weights."""
     return patch_size_of(beside_conf(model))
+
+
+def num_token_blocks(config: Config) -> int:
+    """How many blocks' tokens the decoder reads, known without building the encoder."""
+    return config.clip.token_blocks or max(1, vision_size_of(beside_conf(config.clip.model)).layers - 1)
 
 
 def segmenter(config: Config, device: torch.device) -> Segmenter:
@@ -104,7 +123,7 @@ def assemble(
     """A CLIP, a text bank (of no column where no CAM is wanted), a student with fresh weights, and the second encoder (None where no
     affinity is wanted)."""
     blocks, settings = clip.num_blocks, config.clip
-    token_blocks = tuple(range(settings.token_blocks or max(1, blocks - 1)))
+    token_blocks = tuple(range(num_token_blocks(config)))
     attention_blocks = tuple(range(max(0, blocks - settings.attention_blocks), blocks))
     if token_blocks[-1] >= blocks:
         raise ValueError(f"clip.token_blocks is {settings.token_blocks}, {settings.model} has {blocks} blocks")
@@ -124,9 +143,11 @@ def assemble(
 
 def trained_segmenter(config: Config, device: torch.device, which: str = "best") -> Segmenter:
     """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number; label.weights says which of its
-    weights."""
-    built = segmenter(config, device)
+    weights. Settings of the decoder and of the affinity that were others in training are told."""
     folder, weights = find_checkpoint(config.run, which), config.label.weights
+    if other := _other_settings(config, read_info(folder).model):
+        _log.warning("%s was trained with other settings: %s", folder, "; ".join(other))
+    built = segmenter(config, device)
     load_student(built, folder, class_names=class_set(config).names, kind=weights)  # type: ignore[arg-type]
     return built
 
@@ -147,11 +168,24 @@ def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str], k
     built.student.eval()
 
 
+def _other_settings(config: Config, trained: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint's decoder and affinity were trained with and this configuration has not; some of it has no weights."""
+    found, now = list[str](), model_description(config)
+    for section in ("decoder", "affinity"):
+        for key, value in trained.get(section, {}).items():
+            if key in now[section] and value != now[section][key]:
+                found.append(f"{section}.{key}={value!r}, now {now[section][key]!r}")
+    return found
+
+
 def _check_fit(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], folder: str) -> None:
     bad = sorted(saved.keys() ^ wanted.keys())
     bad += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
     if bad:
-        raise ValueError(f"checkpoint {folder} does not fit this configuration's decoder and affinity: {bad[:4]}")
+        raise ValueError(
+            f"checkpoint {folder} does not fit this configuration's decoder and affinity: {bad[:4]}; give the settings that it was"
+            " trained with (run.json of its run has them)"
+        )
 
 
 def decoder_of(config: Config, width: int, num_tokens: int, num_classes: int, *, grid_share: float) -> Decoder:

@@ -8,7 +8,7 @@ import torch
 
 from dfa import config as configuration
 from dfa.build.data import class_set, index
-from dfa.build.model import model_description, segmenter
+from dfa.build.model import model_description, num_token_blocks, segmenter
 from dfa.config import Config
 from dfa.data import storage
 from dfa.data.offline import check_labels, resolve
@@ -96,9 +96,20 @@ def _ffr_settings(config: Config) -> FfrSettings:
     )
 
 
+def _check_block(config: Config) -> None:
+    """What FfrStep would refuse, before workers are started for it."""
+    num_blocks = num_token_blocks(config)
+    if config.method != "dfa" and config.ffr.block > num_blocks:
+        raise ValueError(
+            f"ffr.block is {config.ffr.block}, allowed is 0 to {num_blocks}: the decoder reads so many blocks"
+            " (clip.token_blocks)"
+        )
+
+
 def loop_plan(config: Config) -> LoopPlan:
     """The training run, to be handed to `dfa.train.loop.run`."""
     train, shards = config.train, index(config, "train")
+    _check_block(config)
     if config.crop.scale_min > config.crop.scale_max:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
     labels = _labels_address(config, shards)

@@ -60,7 +60,9 @@ def _resolve(layers: Sequence[tuple[str, Any]]) -> Config:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            reason = "a list is expected, as [a, b]" if "ListConfig" in reason else reason
+            raise ValueError(f"{where}: {reason}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     _check_ranges(config, "")
@@ -95,7 +97,7 @@ def digest(*parts: Any) -> str:
 def _conf_path(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(each.stem for each in CONF.glob("*.yaml"))
+        known = sorted(str(each.relative_to(CONF).with_suffix("")) for each in CONF.rglob("*.yaml"))
         raise ValueError(f"no configuration {name!r} ({path} is not a file); conf/ has {', '.join(known)}")
     return path
 

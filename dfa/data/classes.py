@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from dfa.core.void import MAX_CLASSES
 
+_TEMPLATE = "a clean origami {}."  # DFA, WeCLIP
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name most like `name`, whatever the case: for error messages."""
@@ -58,7 +60,7 @@ class ClassSet:
         """Build from plain data as it stands in conf/classes_*.yaml.
 
         Keys: `names` (list), `prompts` (mapping name -> text or list of texts; a name that is not listed stands for
-        itself), `background` (list), `templates` (list).
+        itself), `background` (list, none where absent), `templates` (list; where absent METHOD's, "a clean origami {}.").
 
         Raises:
             ValueError: unknown or missing keys, prompts for an unknown class, duplicates.
@@ -67,9 +69,8 @@ class ClassSet:
         for key in mapping:
             if key not in allowed:
                 raise ValueError(f"class list has key {key!r}; allowed: {allowed}; nearest: {nearest(key, allowed)!r}")
-        for key in ("names", "templates"):
-            if key not in mapping:
-                raise ValueError(f"class list has no {key!r}; needed are names and templates")
+        if "names" not in mapping:
+            raise ValueError("class list has no 'names', which it needs")
         names = _as_names(mapping["names"])
         prompts = mapping.get("prompts") or {}
         if not isinstance(prompts, Mapping):
@@ -81,7 +82,7 @@ class ClassSet:
             names=names,
             prompts=tuple(_as_texts(prompts.get(name, name)) for name in names),
             background=_as_texts(mapping.get("background") or ()),
-            templates=_as_texts(mapping["templates"]),
+            templates=_as_texts(mapping.get("templates", _TEMPLATE)),
         )
 
     def to_mapping(self) -> dict[str, Any]:

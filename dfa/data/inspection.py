@@ -72,7 +72,8 @@ def inspect(root: str, *, voc: ClassSet, coco: ClassSet, num_sampled: int) -> In
     """
     if not os.path.isdir(root):
         raise ValueError(f"no folder {root}")
-    if annotations := _coco_annotations(root):
+    annotations = _coco_annotations(root)
+    if annotations or any(_coco_images(root, split) for split in _COCO_SIZES):
         return _inspect_coco(root, annotations, coco, num_sampled)
     try:
         folder = voc_folder(root)
@@ -113,8 +114,6 @@ def _inspect_voc(root: str, folder: str, classes: ClassSet, num_sampled: int) ->
             commands.append(
                 ("voc_dfa", f"data.root={folder}", f"data.split={split}", *given, f"data.output=shards/voc_{split}")
             )
-    if any("data.split=train_aug" in command for command in commands):
-        commands = [command for command in commands if "data.split=train" not in command]
     return Inspection("voc", tuple(findings), tuple(commands))
 
 
@@ -216,6 +215,12 @@ def _coco_annotations(root: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _coco_images(root: str, split: str) -> str:
+    """The folder of a split's images, "" where there is none."""
+    places = (os.path.join(root, split), os.path.join(root, "images", split))
+    return next((place for place in places if os.path.isdir(place)), "")
+
+
 def _inspect_coco(root: str, annotations: dict[str, str], classes: ClassSet, num_sampled: int) -> Inspection:
     findings, commands = list[Finding](), []
     for split in ("train2014", "val2014"):
@@ -228,10 +233,7 @@ def _inspect_coco(root: str, annotations: dict[str, str], classes: ClassSet, num
         except ValueError as error:
             findings.append(Finding("wrong", str(error), COCO_SOURCE))
             continue
-        place = next(
-            (p for p in (os.path.join(root, split), os.path.join(root, "images", split)) if os.path.isdir(p)), ""
-        )
-        if not place:
+        if not (place := _coco_images(root, split)):
             findings.append(Finding("missing", f"no folder of images {split}", COCO_SOURCE))
             continue
         images = {str(entry["file_name"]): entry for entry in document["images"]}

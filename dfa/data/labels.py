@@ -130,8 +130,8 @@ def _labelled_rows(
             if column not in row:
                 raise ValueError(
                     f"{address} line {number} has no column {column!r}; it has {list(row)}; "
-                    f"nearest: {nearest(column, map(str, row))!r}"
-                    + ("; a .csv is separated by commas, a .tsv by tabs" if len(row) == 1 else "")
+                    f"nearest: {nearest(column, map(str, row))!r}; the first line of a .csv or .tsv names its columns, and"
+                    " data.image_column and data.label_column may name others than image and labels"
                 )
         image = str(row[image_column]).strip().replace("\\", "/").removeprefix("./")
         cell = row[label_column]
@@ -153,11 +153,17 @@ def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:
     text = _read_text(address)
     if extension in ("csv", "tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if extension == "csv" else "\t")
+        header = list(reader.fieldnames or ())
+        if len(header) == 1 and any(mark in header[0] for mark in ",;\t"):
+            raise ValueError(
+                f"{address} line 1 has one column, {header[0]!r}: a .csv is separated by commas and a .tsv by tabs; write it anew"
+            )
         for row in reader:
             if None in row:  # else the labels behind the last column would be lost without a word
                 raise ValueError(
-                    f"{address} line {reader.line_num} has more cells than the header's {list(reader.fieldnames or ())}; several"
-                    " labels of an image belong into one cell, joined by data.separator, or into several lines"
+                    f"{address} line {reader.line_num} has more cells than the header's {header}; a name with a"
+                    " comma needs quotes, and several labels of an image belong into one cell, joined by data.separator, or into"
+                    " several lines"
                 )
             yield reader.line_num, dict(row)
     elif extension in ("jsonl", "ndjson"):

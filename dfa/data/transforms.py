@@ -42,6 +42,8 @@ def image_extension(data: bytes) -> Literal["jpg", "png"]:
         return "jpg"
     if data.startswith(_PNG_MAGIC):
         return "png"
+    if not data:
+        raise ValueError("the file is empty")
     raise ValueError(f"not a JPEG or PNG file (it starts with {data[:8]!r}); convert it to one of the two")
 
 

@@ -362,7 +362,7 @@ def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex
     if num_samples == 0 or share > max_reject_share:
         raise ValueError(
             f"{len(rejects)} of {len(rejects) + num_samples} images rejected ({share:.2%}), allowed are "
-            f"{max_reject_share:.2%}; reasons in {storage.join(root, REJECTS_NAME)}: {summarize_rejects(rejects)}"
+            f"{max_reject_share:.2%} (data.max_reject_share); reasons in {storage.join(root, REJECTS_NAME)}: {summarize_rejects(rejects)}"
         )
     write_json(storage.join(root, INDEX_NAME), _index_document(plan, done, num_samples, len(rejects)))
     return load_index(root)

@@ -13,7 +13,8 @@ _SUMMARY = (
     "Predictions and ground truth, split by spatial frequency. A band of nu_max holds all frequencies of at most nu_max cycles"
     " along either axis of an image, and a grid of 2 nu_max + 1 cells just resolves it. R_ce is the share of the cross entropy"
     " that the band misses; the less, the less a model or an annotation on that grid loses. Foretold drops follow the line that"
-    " the paper fitted to its own models: measure yours before you rely on them."
+    " the paper fitted to its own models: measure yours before you rely on them. Pixels that are void in the ground truth count"
+    " nowhere, but what is predicted there takes part in every truncated band."
 )
 
 _GRADIENTS = (
@@ -34,7 +35,7 @@ def spectral_report(found: Mapping[str, Any], *, title: str, provenance: Mapping
         title=title,
         scores=scores,
         notes={
-            "mIoU": "percent, over all pairs",
+            "mIoU": f"percent, over {found['num_pairs']} pairs{_left_out(found['num_rejects'])}",
             "R_ce at the highest band": f"percent, nu_max {found['curve']['nu_max'][-1]}",
             "recommended grid": f"cells an axis: {found['rule']}",
         },
@@ -45,7 +46,7 @@ def spectral_report(found: Mapping[str, Any], *, title: str, provenance: Mapping
     )
 
 
-def gradient_report(profiles: Mapping[str, Tensor], *, title: str) -> Report:
+def gradient_report(profiles: Mapping[str, Tensor], *, title: str, provenance: Mapping[str, str]) -> Report:
     """Curves of `dfa.analysis.gradients.gradient_profiles`: one figure a module, one curve a frequency of the loss."""
     panels = []
     for name, profile_KK in profiles.items():
@@ -61,7 +62,7 @@ def gradient_report(profiles: Mapping[str, Tensor], *, title: str) -> Report:
             log=True,
         )
         panels.append(Panel(f"Gradient of each frequency of the loss towards the frequencies of: {name}.", png))
-    return Report(title=title, figures=tuple(panels), summary=_GRADIENTS)
+    return Report(title=title, figures=tuple(panels), provenance=provenance, summary=_GRADIENTS)
 
 
 def _curves(found: Mapping[str, Any]) -> tuple[Panel, ...]:
@@ -119,10 +120,10 @@ def _costs(each: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             row["grid"],
-            row["decoder_flops"] / 1e9,
-            row["flops"] / 1e9,
+            _digits(row["decoder_flops"] / 1e9),
+            _digits(row["flops"] / 1e9),
             _percent(row["estimated_miou"]),
-            _giga(row["fpi"]),
+            "–" if row["fpi"] is None else _digits(row["fpi"] / 1e9),
         )
         for row in each["rows"]
     )
@@ -148,5 +149,10 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _giga(value: float | None) -> float | None:
-    return None if value is None else value / 1e9
+def _digits(value: float) -> str:
+    """Four of them: the small decoder's operations are a thousandth of the large one's."""
+    return f"{value:.4g}"
+
+
+def _left_out(num_rejects: int) -> str:
+    return f"; {num_rejects} could not be used, see rejects.jsonl" if num_rejects else ""

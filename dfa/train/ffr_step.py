@@ -57,7 +57,7 @@ class FfrStep(TrainStep):
         if settings.supervision == "masks":
             raise ValueError("loss.supervision=masks trains the decoder alone, without FFR's losses")
         if not 0 <= ffr.block <= decoder.num_blocks:
-            raise ValueError(f"ffr.block is {ffr.block}, the decoder reads {decoder.num_blocks} blocks")
+            raise ValueError(f"ffr.block is {ffr.block}, allowed is 0 to the decoder's {decoder.num_blocks} blocks")
         if ffr.high_labels not in ("intermediate", "same"):
             raise ValueError(f"high_labels must be intermediate or same, got {ffr.high_labels!r}")
         self.ffr = ffr

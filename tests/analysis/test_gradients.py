@@ -64,5 +64,6 @@ def test_what_has_no_profile_is_refused():
 
 def test_the_page_has_a_figure_a_module():
     profiles = {name: torch.rand(4, 4, dtype=torch.float64) for name in ("fused <feature>", "logits")}
-    page = render(gradient_report(profiles, title="gradients"))
+    page = render(gradient_report(profiles, title="gradients", provenance={"images": "k1, k2"}))
+    assert "k1, k2" in page
     assert page.count("<img") == 2 and "towards the frequencies of: fused &lt;feature&gt;" in page

@@ -104,7 +104,19 @@ def test_the_numbers_are_json_and_the_page_shows_them(found):
     page = render(spectral_report(found, title="a <model>", provenance={"predictions": "p"}))
     assert "a &lt;model&gt;" in page and page.count("<img") == 4
     assert "Feature truncation: model, least FPI on" in page and "boundary mIoU" in page
-    assert f"{100 * found['miou']:.1f}" in page
+    assert f"{100 * found['miou']:.1f}" in page and f"over {found['num_pairs']} pairs" in page
+    assert "rejects.jsonl" not in page
+    less = render(spectral_report(found | {"num_rejects": 7}, title="a", provenance={}))
+    assert "7 could not be used, see rejects.jsonl" in less
+
+
+def test_the_operations_of_a_small_decoder_keep_their_digits(found):
+    rows = found["feature_truncation"][0]["rows"]
+    page = render(spectral_report(found, title="a", provenance={}))
+    for row in rows:
+        assert f"<td>{row['decoder_flops'] / 1e9:.4g}</td>" in page
+        assert row["fpi"] is None or f"<td>{row['fpi'] / 1e9:.4g}</td>" in page
+    assert any(row["fpi"] is not None for row in rows)
 
 
 def test_a_page_without_boundaries_or_a_recommendation_leaves_them_out():

@@ -48,8 +48,13 @@ def voc(tmp_path):
 def test_a_whole_devkit_is_fine_and_the_next_commands_are_told(voc, tmp_path):
     found = look(tmp_path)
     assert found.kind == "voc" and problems(found) == []
-    train, val = found.commands
-    assert train[2:] == ("data.split=train_aug", "data.masks=SegmentationClassAug", "data.output=shards/voc_train_aug")
+    augmented, train, val = found.commands
+    assert augmented[2:] == (
+        "data.split=train_aug",
+        "data.masks=SegmentationClassAug",
+        "data.output=shards/voc_train_aug",
+    )
+    assert train[2] == "data.split=train" and train[-1] == "data.output=shards/voc_train"
     assert val[1:4] == (f"data.root={voc}", "data.split=val", "data.masks=SegmentationClass")
 
 
@@ -199,6 +204,6 @@ def test_the_job_ends_with_1_where_something_is_missing(voc):
 
 
 def test_real_subsets_are_fine(sample_data):
-    for name in ("voc_mini", "coco_mini"):
+    for name, num_commands in (("voc_mini", 3), ("coco_mini", 2)):
         found = look(sample_data / name, num_sampled=5)
-        assert problems(found) == [] and len(found.commands) == 2
+        assert problems(found) == [] and len(found.commands) == num_commands

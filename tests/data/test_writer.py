@@ -114,7 +114,9 @@ def test_bad_samples_are_left_out_with_their_reasons(samples, tmp_path):
         samples.append(Sample(key, str(folder / name), labels, mask))
     samples.append(Reject("early", "x.jpg", "no image-level label"))
     root = tmp_path / "shards"
-    with pytest.raises(ValueError, match=r"8 of 18 images rejected \(44.44%\), allowed are 10.00%; reasons in"):
+    with pytest.raises(
+        ValueError, match=r"8 of 18 images rejected \(44.44%\), allowed are 10.00% \(data\.max_reject_share\); reasons"
+    ):
         shard_all(root, plan_shards(samples, **SETTINGS), max_reject_share=0.1)
     with pytest.raises(ValueError, match="sharding was not finished"):
         load_index(str(root))

@@ -176,5 +176,5 @@ def test_the_bound_on_ground_truth_is_the_same_whatever_the_method():
 
 
 def test_what_ffr_cannot_do_is_said():
-    with pytest.raises(ValueError, match=r"ffr.block is 9, the decoder reads 5 blocks"):
+    with pytest.raises(ValueError, match=r"ffr.block is 9, allowed is 0 to the decoder's 5 blocks"):
         make_step(*FFR, "ffr.block=9")
