@@ -143,10 +143,10 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
 
 
 def _result(each: LabelPass, items: list[LabelItem], line: "_Line") -> PassResult:
+    name = each.name
     report = finish(each.output, items, each.images.class_names, each.images.plan_hash, each.settings)
-    return PassResult(
-        report, line.num_labelled.get(each.name, 0), line.seconds.get(each.name, 0.0), line.work_s.get(each.name, {})
-    )
+    now = line.num_labelled.get(name, 0), line.seconds.get(name, 0.0), line.work_s.get(name, {})
+    return PassResult(report, *now)
 
 
 def _settings_hash(label_pass: LabelPass) -> str:
