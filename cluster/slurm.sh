@@ -1,5 +1,5 @@
 #!/bin/bash
-# A job of jobs/ on several nodes: sbatch cluster/slurm.sh jobs.train voc_dfa run=/mnt/shared/runs/voc ... , from the checkout.
+# A job of jobs/ on several nodes: sbatch cluster/slurm.sh jobs.train voc_dfa run=$SHARED/runs/voc ... , from the checkout.
 # Two minutes before its time is over (or when it is preempted) the job is told to stop, writes a checkpoint and goes back
 # into the queue; there it continues. Before: an environment with requirements.txt in .venv, on a file system of all nodes.
 #SBATCH --job-name=dfa

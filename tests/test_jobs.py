@@ -44,26 +44,26 @@ def test_a_job_started_by_hand_is_not_submitted(monkeypatch):
 
 @pytest.mark.usefixtures("submission")
 @pytest.mark.parametrize("name", KEPT)
-def test_a_submitted_job_that_would_lose_what_it_writes_is_refused(name):
+def test_a_submitted_job_that_would_lose_what_it_writes_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=rf"^{name}=here/it is relative, and this job was submitted"):
-        absolute_paths(load("demo", ["run=/mnt/shared/run", f"{name}=here/it"]), kept=KEPT)
+        absolute_paths(load("demo", [f"run={tmp_path}/run", f"{name}=here/it"]), kept=KEPT)
 
 
 @pytest.mark.usefixtures("submission")
-def test_a_submitted_job_may_write_elsewhere_and_read_what_travels_with_it():
+def test_a_submitted_job_may_write_elsewhere_and_read_what_travels_with_it(tmp_path):
     given = [
         "run=gs://bucket/run",
-        "label.output=/mnt/shared/labels",
+        f"label.output={tmp_path}/labels",
         "data.label_file=labels.csv",
         "shards.train=shards",
     ]
     config = absolute_paths(load("demo", given), kept=KEPT)
-    assert (config.run, config.label.output) == ("gs://bucket/run", "/mnt/shared/labels")
+    assert (config.run, config.label.output) == ("gs://bucket/run", f"{tmp_path}/labels")
     assert config.data.label_file == f"{os.getcwd()}/labels.csv"
 
 
-def test_the_shard_job_minds_its_output_alone(submission):
-    config = absolute_paths(load("demo", ["data.output=/mnt/shared/shards"]), kept=("data.output",))
+def test_the_shard_job_minds_its_output_alone(submission, tmp_path):
+    config = absolute_paths(load("demo", [f"data.output={tmp_path}/shards"]), kept=("data.output",))
     assert Path(config.run).is_absolute()  # it is not written: no reason to refuse
     with pytest.raises(ValueError, match=r"^data\.output=shards is relative"):
         absolute_paths(load("demo", ["data.output=shards"]), kept=("data.output",))

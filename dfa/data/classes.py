@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dfa.core.void import MAX_CLASSES
 
-_TEMPLATE = "a clean origami {}."  # DFA, WeCLIP
+_TEMPLATE = "a clean origami {}."  # METHOD 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.measure import Result, versions
+from jobs.bench.measure import Result, take_turns, versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def cam(repeats: int) -> Result:
                 views: lambda scales=scales: _view_by_view(segmenter, image_B3HW, labels_BC, scales),
             }
             difference = _largest_difference(ways)
-            timed[scales] = _interleave(ways, repeats)
+            timed[scales] = take_turns(ways, repeats=repeats, per=_IMAGES, clock=time.process_time)
             medians = {way: statistics.median(times_ms) for way, times_ms in timed[scales].items()}
             text = ", ".join(f"{way} {milliseconds:.3g}" for way, milliseconds in medians.items())
             lines.append(
@@ -137,14 +137,3 @@ def _with_background(score_MHW: "Tensor", background_HW: "Tensor") -> "Tensor":
 def _largest_difference(ways: "dict[str, Callable[[], list[Tensor]]]") -> float:
     first, *others = [way() for way in ways.values()]
     return max(float((a - b).abs().max()) for other in others for a, b in zip(first, other, strict=True))
-
-
-def _interleave(ways: "dict[str, Callable[[], list[Tensor]]]", repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of the processor per image of each repeat, one way after the other; they have run once before."""
-    times_ms: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, call in ways.items():
-            start_s = time.process_time()
-            call()
-            times_ms[way].append(1000 * (time.process_time() - start_s) / _IMAGES)
-    return times_ms

@@ -2,11 +2,13 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Way = TypeVar("Way")
 
 TITLE = "# Benchmarks\n\nWritten by `python -m jobs.bench MODE`, a section a mode. A ratio above 1 means that ours is faster.\n"
 
@@ -39,15 +41,30 @@ def interleave(
     clock: `time.perf_counter`, or `time.process_time` where both sides compute on one thread of the processor and nothing else:
     the time they were given, whoever else was running.
     """
-    for call in (ours, peer):
+    times_ms = take_turns({"ours": ours, "peer": peer}, repeats=repeats, per=per, clock=clock)
+    return times_ms["ours"], times_ms["peer"]
+
+
+def take_turns(
+    calls: Mapping[Way, Callable[[], Any]],
+    *,
+    repeats: int,
+    per: int,
+    clock: Callable[[], float],
+    at_least_s: float = 0.0,
+) -> dict[Way, list[float]]:
+    """`interleave` of any number of calls; each is repeated within its turn until `at_least_s` have passed."""
+    for call in calls.values():
         call()
-    ours_ms, peer_ms = [], []
+    times_ms: dict[Way, list[float]] = {way: [] for way in calls}
     for _ in range(repeats):
-        for call, times_ms in ((ours, ours_ms), (peer, peer_ms)):
-            start_s = clock()
-            call()
-            times_ms.append(1000 * (clock() - start_s) / per)
-    return ours_ms, peer_ms
+        for way, call in calls.items():
+            start_s, taken_s, count = clock(), 0.0, 0
+            while not count or taken_s < at_least_s:
+                call()
+                count, taken_s = count + 1, clock() - start_s
+            times_ms[way].append(1000 * taken_s / count / per)
+    return times_ms
 
 
 def versions(*packages: str) -> dict[str, str]:

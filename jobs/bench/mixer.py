@@ -10,7 +10,7 @@ import torch
 
 from dfa.build.model import decoder_of
 from dfa.config import load
-from jobs.bench.measure import Result, versions
+from jobs.bench.measure import Result, take_turns, versions
 
 DEFAULT_REPEATS = 5
 _MIXERS = ("attention", "spam", "hybrid")
@@ -48,7 +48,7 @@ def mixer(repeats: int) -> Result:
         decoders = {kind: _decoder(size, kind) for kind in _MIXERS}
         for grid in size.grids:
             calls = {(kind, way): _call(decoders[kind], size, grid, way) for kind in _MIXERS for way in (True, False)}
-            times_ms = _interleave(calls, repeats)
+            times_ms = take_turns(calls, repeats=repeats, per=_BATCH, clock=time.process_time, at_least_s=0.3)
             for kind, decoder in decoders.items():
                 training, masks = (times_ms[kind, way] for way in (True, False))
                 timed[size.name, grid, kind] = training
@@ -96,18 +96,3 @@ def _call(decoder: Any, size: _Size, grid: tuple[int, int], training: bool) -> C
             decoder.eval().decode(fused_BDhw.detach())
 
     return train if training else infer
-
-
-def _interleave(calls: dict[tuple[str, bool], Callable[[], None]], repeats: int) -> dict[tuple[str, bool], list[float]]:
-    """Milliseconds of the processor an image, one call after the other; each runs once before."""
-    for call in calls.values():
-        call()
-    times_ms: dict[tuple[str, bool], list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start_s, count = time.process_time(), 0
-            while time.process_time() - start_s < 0.3:
-                call()
-                count += 1
-            times_ms[name].append(1000 * (time.process_time() - start_s) / count / _BATCH)
-    return times_ms
