@@ -14,6 +14,7 @@ from dfa.analysis.maps import join_pairs
 from dfa.analysis.summary import summarise
 from dfa.config import Config
 from dfa.data import storage
+from dfa.data.writer import write_rejects
 from dfa.report.page import write_page
 from dfa.report.spectral import spectral_report
 from dfa.train.loop import start_ray
@@ -36,7 +37,7 @@ def work(config: Config) -> Result:
     sums.begin(output, {"prediction": prediction.root, "truth": truth.root, "settings": repr(settings)})
     start_ray()
     done = stream.run(output, parts, settings, cpus=analyze.cpus)
-    sums.write_rejects(output, done.sums.rejects)
+    write_rejects(output, done.sums.rejects)
     _check_rejects(done.sums, config.data.max_reject_share)
     names = ("background", *build.class_set(config).names)
     found = summarise(

@@ -6,7 +6,6 @@ OUTPUT/rejects.jsonl           one line per pair that is not in the sums, with i
 OUTPUT/analysis.json, .html    likewise
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from dfa.data import storage
 logger = logging.getLogger(__name__)
 
 PLAN_NAME, PLAN_KIND, PARTS_FOLDER = "plan.json", "dfa-analysis-plan", "parts"
-REJECTS_NAME = "rejects.jsonl"
 FORMAT_VERSION = 1
 _OWN_NAME = re.compile(r"part-\d+\.json")
 _TENSORS = {"band_CK": torch.float64, "truth_C": torch.int64, "prediction_C": torch.int64, "common_C": torch.int64}
@@ -212,12 +210,6 @@ def total(output: str, parts: Sequence[tuple[str, str]], settings: AnalysisSetti
         if stale and name not in wanted:
             storage.remove(storage.join(folder, name))
     return sums
-
-
-def write_rejects(output: str, rejects: Sequence[PairReject]) -> None:
-    """Write OUTPUT/rejects.jsonl anew."""
-    text = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-    storage.write_atomic(storage.join(output, REJECTS_NAME), lambda file: file.write(text.encode()))
 
 
 def _address(output: str, part: str) -> str:

@@ -356,7 +356,7 @@ def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex
     for name in storage.list_names(root):
         if name.endswith(storage.PARTIAL_SUFFIX):
             storage.remove(storage.join(root, name))
-    _write_rejects(root, rejects)
+    write_rejects(root, rejects)
     _write_samples(root, [row for report in done for row in report.samples])
     share = len(rejects) / (len(rejects) + num_samples)
     if num_samples == 0 or share > max_reject_share:
@@ -385,7 +385,8 @@ def _index_document(plan: ShardPlan, reports: list[ShardReport], num_samples: in
     }
 
 
-def _write_rejects(root: str, rejects: list[Reject]) -> None:
+def write_rejects(root: str, rejects: Iterable[Any]) -> None:
+    """Write ROOT/rejects.jsonl anew: one line per record, a dataclass with the key and the reason."""
     text = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
     storage.write_atomic(storage.join(root, REJECTS_NAME), lambda file: file.write(text.encode()))
 
