@@ -10,9 +10,9 @@ from pathlib import Path
 from dfa import build
 from dfa.config import Config
 from dfa.data import storage
+from dfa.data.classes import check_classes
 from dfa.data.shards import INDEX_NAME, load_index
 from dfa.label.blocks import write_block_labels, write_block_pngs
-from dfa.train.checkpoint import check_classes
 from jobs import Result, main
 
 

@@ -29,6 +29,7 @@ from dfa.build.training import pseudo_settings
 from dfa.config import ClipConfig, Config
 from dfa.core.void import label_dtype
 from dfa.data import storage
+from dfa.data.classes import check_classes
 from dfa.data.shards import ShardIndex, sha256_of
 from dfa.label.crf import PRESETS, CrfSettings
 from dfa.label.factory import FactoryPlan, LabelPass
@@ -39,7 +40,7 @@ from dfa.label.slots import Share
 from dfa.label.work import Scorer
 from dfa.model.inference import InputSize, Merge, size_class
 from dfa.model.segmenter import Segmenter
-from dfa.train.checkpoint import STATE_NAME, check_classes, find_checkpoint, read_info, uses_average
+from dfa.train.checkpoint import STATE_NAME, find_checkpoint, read_info, uses_average
 from dfa.train.follow import FollowPlan
 from dfa.train.starts import RUN_NAME
 

@@ -11,11 +11,12 @@ from dfa import config as configuration
 from dfa.build.model import assemble, beside_conf, encoder, load_student
 from dfa.config import Config
 from dfa.data import storage
+from dfa.data.classes import check_classes
 from dfa.data.listing import ImageListing, list_images
 from dfa.data.shards import INDEX_NAME, ShardIndex, load_index
 from dfa.model.predictor import Predictor
 from dfa.model.segmenter import Segmenter
-from dfa.train.checkpoint import FOLDER, STATE_NAME, WeightKind, check_classes, find_checkpoint, read_info
+from dfa.train.checkpoint import FOLDER, STATE_NAME, WeightKind, find_checkpoint, read_info
 
 _SECTIONS = ("clip", "decoder", "affinity")
 # Fields that came after the first checkpoints; their defaults are what a model without them does.

@@ -178,3 +178,25 @@ def _check_texts(what: str, texts: tuple[str, ...]) -> None:
         if text.casefold() in seen:
             raise ValueError(f"{what} lists {text!r} twice")
         seen.add(text.casefold())
+
+
+def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) -> None:
+    """Raise a ValueError that names both sides when the class lists differ."""
+    if tuple(saved) == tuple(wanted):
+        return
+    if len(saved) != len(wanted):
+        raise ValueError(
+            f"{where} has {len(saved)} foreground classes ({_first(saved)}), this run has {len(wanted)} ({_first(wanted)}):"
+            " give the data set that it was trained on, or another run"
+        )
+    number, (old, new) = next(
+        (i, pair) for i, pair in enumerate(zip(saved, wanted, strict=True), 1) if pair[0] != pair[1]
+    )
+    raise ValueError(
+        f"{where} calls class {number} {old!r}, this run calls it {new!r} (both have {len(saved)} classes):"
+        " give the data set that it was trained on, or another run"
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

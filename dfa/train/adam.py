@@ -24,12 +24,12 @@ class LossScale:
         self._num_good = 0
 
     def update(self, norm: float) -> None:
-        """Take note of a step's gradient norm; NonFiniteLossError where there is no scale to blame."""
+        """Take note of a step's gradient norm; NonFiniteLossError where there is no scale to blame, or none left."""
         finite = norm == norm and norm != float("inf")
-        if not finite and not self.dynamic:
+        if not finite and self.value <= 1.0:
             raise NonFiniteLossError(f"the gradient norm is {norm} with a finite loss, stopped before the update")
         if not finite:
-            self.value, self._num_good = max(1.0, self.value / 2), 0
+            self.value, self._num_good = self.value / 2, 0
             logger.warning("fp16 gradients overflowed, update skipped, loss scale now %g", self.value)
             return
         self._num_good += 1

@@ -37,7 +37,10 @@ class Failures(ray.train.UserCallback):
                 raise ValueError(f"training failed on worker {rank}: {str(cause).strip()}")
         if any(getattr(getattr(cause, "health_check_failure", None), "preempted", False) for cause in causes.values()):
             return
-        newest = "".join(list_checkpoints(self._run)[-1:])
+        try:
+            newest = "".join(list_checkpoints(self._run)[-1:])
+        except OSError:  # the store that failed the workers fails here too
+            newest = self._newest
         self._count = 1 if newest != self._newest else self._count + 1
         self._newest = newest
         rank, first = next(iter(causes.items()))

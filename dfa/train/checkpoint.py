@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ import safetensors.torch
 from torch import Tensor
 
 from dfa.data import storage
+from dfa.data.classes import check_classes
 from dfa.train.objective import EngineState
 from dfa.train.progress import Progress
 
@@ -124,8 +126,12 @@ def _write(root: str, name: str, files: Mapping[str, bytes]) -> None:
 def _write_local(root: str, name: str, files: Mapping[str, bytes]) -> None:
     target, partial = f"{root}/{name}", f"{root}/{_PARTIAL}{uuid.uuid4().hex}"
     os.makedirs(partial)
-    for file, data in files.items():
-        storage.write_atomic(f"{partial}/{file}", lambda stream, data=data: stream.write(data))
+    try:
+        for file, data in files.items():
+            storage.write_atomic(f"{partial}/{file}", lambda stream, data=data: stream.write(data))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk would become fuller with every attempt
+        raise
     if os.path.exists(target):
         os.rename(target, f"{root}/{_PARTIAL}{uuid.uuid4().hex}")
     os.rename(partial, target)
@@ -278,28 +284,6 @@ def copy_model(folder: Address, run: Address, *, name: str) -> str:
     return target
 
 
-def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) -> None:
-    """Raise a ValueError that names both sides when the class lists differ."""
-    if tuple(saved) == tuple(wanted):
-        return
-    if len(saved) != len(wanted):
-        raise ValueError(
-            f"{where} has {len(saved)} foreground classes ({_first(saved)}), this run has {len(wanted)} ({_first(wanted)}):"
-            " give the data set that it was trained on, or another run"
-        )
-    number, (old, new) = next(
-        (i, pair) for i, pair in enumerate(zip(saved, wanted, strict=True), 1) if pair[0] != pair[1]
-    )
-    raise ValueError(
-        f"{where} calls class {number} {old!r}, this run calls it {new!r} (both have {len(saved)} classes):"
-        " give the data set that it was trained on, or another run"
-    )
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 def list_checkpoints(run: Address) -> list[str]:
     """Folders of a run's checkpoints, oldest first; unfinished ones are not listed."""
     return [folder for folder in _folders(run) if not _unfinished(folder)]
@@ -309,7 +293,7 @@ def _folders(run: Address) -> list[str]:
     """Folders with a checkpoint's name, oldest first, finished or not."""
     root = _root(run)
     names = storage.list_names(root) if storage.exists(root) else []
-    return [storage.join(root, name) for name in names if name.startswith(_PREFIX)]
+    return [storage.join(root, name) for name in names if name.startswith(_PREFIX) and _step(name) >= 0]
 
 
 def _unfinished(folder: str) -> bool:
@@ -322,20 +306,35 @@ def latest_checkpoint(run: Address, *, class_names: Sequence[str]) -> Checkpoint
 
     Raises:
         ValueError: the checkpoint is whole but belongs to other classes.
+        CorruptCheckpointError: there are finished ones and all are damaged: a run that began anew would delete what the last
+            one recorded.
         StoreError: a remote store that does not answer.
     """
+    damaged: list[CorruptCheckpointError] = []
     for folder in reversed(_folders(run)):
         try:
             return load_checkpoint(folder, class_names=class_names)
         except CorruptCheckpointError as error:
             name = storage.base_name(folder)
             logger.warning("checkpoint %s is passed over, the one before it is used: %s", name, error)
+            if not _unfinished(folder):
+                damaged.append(error)
+    if damaged:
+        raise CorruptCheckpointError(
+            f"none of the {len(damaged)} checkpoints in {_root(run)} can be read ({damaged[0]}): give another run folder, or"
+            " delete them to begin anew"
+        )
     return None
 
 
-def best_checkpoint(run: Address) -> str | None:
-    """Folder with the highest validation mIoU (the later one of equals), None where none was validated."""
-    scored = [(info.val_miou, info.step, folder) for folder, info in _readable(run) if info.val_miou is not None]
+def best_checkpoint(run: Address, *, up_to: int | None = None) -> str | None:
+    """Folder with the highest validation mIoU (the later one of equals) of all steps, or of those up to `up_to`; None where
+    none was validated."""
+    scored = [
+        (info.val_miou, info.step, folder)
+        for folder, info in _readable(run)
+        if info.val_miou is not None and (up_to is None or info.step <= up_to)
+    ]
     return max(scored)[2] if scored else None
 
 
@@ -353,15 +352,31 @@ def find_checkpoint(run: Address, which: str) -> str:
     return folders[names.index(wanted)]
 
 
-def prune(run: Address, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one, and what interrupted writers left behind."""
-    folders, best, root = list_checkpoints(run), best_checkpoint(run), _root(run)
+def prune(run: Address, *, keep_last: int, newest: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to step `newest` and the best one of these, and what interrupted
+    writers left behind.
+
+    Later steps than `newest`, the one just written, go too: they were passed over when the run went back to one before
+    them, so they are damaged, and what counted them would delete the whole ones in their stead.
+    """
+    listed, root = list_checkpoints(run), _root(run)
+    folders = [folder for folder in listed if _step(folder) <= newest]
     if not folders:
         return
+    best = best_checkpoint(run, up_to=newest)
+    superseded = [folder for folder in listed if _step(folder) > newest]
+    if superseded:
+        logger.warning("deleting checkpoints that were passed over: %s", [storage.base_name(f) for f in superseded])
     leftovers = [storage.join(root, name) for name in storage.list_names(root) if name.startswith(_PARTIAL)]
     leftovers += [folder for folder in _folders(run) if _unfinished(folder)]
-    for folder in [*(f for f in folders[: -max(1, keep_last)] if f != best), *leftovers]:
+    for folder in [*(f for f in folders[: -max(1, keep_last)] if f != best), *superseded, *leftovers]:
         _delete(folder)
+
+
+def _step(folder: str) -> int:
+    """Step of a checkpoint's folder; -1 where somebody put a folder of his own."""
+    number = storage.base_name(folder).removeprefix(_PREFIX)
+    return int(number) if number.isdigit() else -1
 
 
 def _readable(run: Address) -> list[tuple[str, CheckpointInfo]]:

@@ -112,8 +112,25 @@ def run(plan: LoopPlan) -> dict[str, Any]:
 
 
 def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(plan.collective_timeout_s))  # of reports
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(max(60, plan.collective_timeout_s)))
     with _ray_folder(plan.run_folder) as ray_folder:
-        return _fit_in(ray_folder, plan, resources)
+        return _graceful(lambda: _fit_patiently(ray_folder, plan, resources), plan.run_folder)
+
+
+def _fit_patiently(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, Any]:
+    """Again where Ray Train gave up on what may pass: it does not start workers anew that are lost while they start, nor
+    after an error of a store in its own process."""
+    for number in range(1, plan.max_failures + 1):
+        try:
+            return _fit_once(ray_folder, plan, resources, number)
+        except (ray.exceptions.RayError, OSError) as error:
+            if StopFile(plan.run_folder).asked():
+                raise
+            logger.warning(
+                "the workers could not be started, once more (%d of %d): %s", number, plan.max_failures, error
+            )
+    return _fit_once(ray_folder, plan, resources, plan.max_failures + 1)
 
 
 @contextmanager
@@ -131,7 +148,7 @@ def _ray_folder(run: str) -> Iterator[str]:
         yield folder
 
 
-def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, Any]:
+def _fit_once(ray_folder: str, plan: LoopPlan, resources: Resources, number: int) -> dict[str, Any]:
     gpus = {"GPU": resources.worker_gpus} if plan.use_gpu else {}
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -147,13 +164,13 @@ def _fit_in(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, 
         torch_config=_TorchConfig(backend="nccl" if plan.use_gpu else "gloo", timeout_s=plan.collective_timeout_s),
         run_config=ray.train.RunConfig(
             storage_path=ray_folder,
-            name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{number}",
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Failures` decides
             callbacks=[Failures(plan), GroupStarts()],  # type: ignore[list-item]
         ),
     )
     try:
-        return _graceful(trainer.fit, plan.run_folder).return_value
+        return cast(dict[str, Any], trainer.fit().return_value)
     except ray.train.ControllerError as error:
         raise error.controller_failure from error
 
@@ -215,7 +232,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("dfa").setLevel(logging.INFO)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line per rank and report otherwise
     num_workers = ray.train.get_context().get_world_size()
-    torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1.0) // num_workers)))
+    torch.set_num_threads(_num_threads())
     checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
     shard = cast(ray.data.DataIterator, ray.train.get_dataset_shard("train"))
     batches = _started(iterate(shard, batch_size=plan.batch_shape(num_workers).micro_batch, prefetch=plan.prefetch))
@@ -235,6 +252,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))
     torch.distributed.destroy_process_group()
     return result | {"ready_at": ready}
+
+
+def _num_threads() -> int:
+    """CPUs of this node for each worker on it."""
+    here = ray.get_runtime_context().get_node_id()
+    cpus = sum(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, int(cpus // ray.train.get_context().get_local_world_size()))
 
 
 def _started(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -3,13 +3,15 @@ rate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dfa.data.stream import Batch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_objects(mine: T) -> list[T]:
+    """The objects of all ranks, in their order; `mine` alone without a process group. They are pickled: small ones."""
+    found = [mine] * world()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
 def learning_rate_factor(step: float, *, total: float, warmup: float, power: float) -> float:
     """Share of the base learning rate at ``step`` (0-based, about to be made): linear warm-up times polynomial decay.
 
@@ -149,12 +159,6 @@ def global_loss(parts: Sequence[LossPart], batch: Batch, *, signals: Sequence[fl
 
 def _raise_non_finite(parts: Sequence[LossPart], batch: Batch) -> None:
     bad = [p.name for p in parts if not (torch.isfinite(p.total).all() and torch.isfinite(p.count).all())]
-    rank, num_ranks = world()
-    reports: list[Any] = [None] * num_ranks
-    mine = (rank, bad, list(batch.keys)) if bad else None
-    if num_ranks > 1:
-        dist.all_gather_object(reports, mine)
-    else:
-        reports = [mine]
+    reports = gather_objects((world()[0], bad, list(batch.keys)) if bad else None)
     found = "; ".join(f"rank {r}: parts {names} of keys {keys}" for r, names, keys in filter(None, reports))
     raise NonFiniteLossError(f"the loss is not finite, stopped before the update ({found})")

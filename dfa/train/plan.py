@@ -144,7 +144,7 @@ def derive_resources(plan: LoopPlan, *, num_cpus: float, num_gpus: float) -> Res
     find room: two workers with a whole CPU each on two CPUs would leave none, and Ray waits for ever without an error.
     Of an elastic run each reserves three quarters of a CPU, whatever there is now: more nodes, more workers. With GPUs a
     worker reserves one, and one CPU where there are enough. Reservations are book-keeping only: torch threads are set
-    to all CPUs / workers.
+    to the CPUs of a node / workers on it.
 
     Raises:
         ValueError: more workers than GPUs, or less than a fifth of a CPU for a worker.

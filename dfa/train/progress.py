@@ -12,7 +12,6 @@ COCO's 83 000 images, 12.5 MB for 100 million.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from dfa.data.consumed import ConsumedEpoch, Ints
 from dfa.data.stream import Batch
-from dfa.train.objective import world
+from dfa.train.objective import gather_objects, world
 
 
 class Progress:
@@ -191,12 +190,7 @@ class Ledger:
     def gather_rows(self) -> list[Row]:
         """Every rank's rows since the last call, in order of rank; a collective where rows are kept."""
         mine, self._rows = self._rows, []
-        _, num_ranks = world()
-        if num_ranks == 1 or not self._keep_rows:
-            return mine
-        parts: list[Any] = [None] * num_ranks
-        dist.all_gather_object(parts, mine)
-        return [row for part in parts for row in part]
+        return [row for part in gather_objects(mine) for row in part] if self._keep_rows else mine
 
 
 def _all_gather(pairs_2N: Tensor) -> list[Tensor]:

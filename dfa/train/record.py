@@ -132,3 +132,30 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Meter:
+    """Sums of step times and of what steps report, since the last `take` and since the start."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._now, self._all = [0.0, 0.0, 0, 0], [0.0, 0.0, 0, 0]
+
+    def add(self, step_s: float, wait_s: float, num_images: int, values: dict[str, float]) -> None:
+        for sums in (self._now, self._all):
+            for i, value in enumerate((step_s, wait_s, num_images, 1)):
+                sums[i] += value
+        for name, value in values.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call."""
+        step_s, wait_s, images, steps = self._now
+        values = {name: value / steps for name, value in self._parts.items()}
+        self._parts, self._now = {}, [0.0, 0.0, 0, 0]
+        return values | {"images_per_s": images / step_s, "step_s": step_s / steps, "data_wait": wait_s / step_s}
+
+    def whole(self) -> dict[str, float]:
+        """Rates since the start (first step included)."""
+        step_s, wait_s, images, _ = self._all
+        return {"images_per_s": images / max(step_s, 1e-9), "data_wait": wait_s / max(step_s, 1e-9)}

@@ -18,16 +18,18 @@ from dfa.train import history
 from dfa.train.average import WeightAverage
 from dfa.train.checkpoint import Checkpoint, CheckpointInfo, best_checkpoint, prune, read_info, save_checkpoint
 from dfa.train.engine import Engine, make_engine
-from dfa.train.objective import LossPart, all_reduce_sum, global_loss, learning_rate_factor, world
+from dfa.train.objective import LossPart, all_reduce_sum, gather_objects, global_loss, learning_rate_factor, world
 from dfa.train.plan import BatchShape, LoopPlan
 from dfa.train.progress import Ledger, Progress, Row
-from dfa.train.record import Observer, Recorder, duration
+from dfa.train.record import Meter, Observer, Recorder, duration
 from dfa.train.stop import StopFile
+from dfa.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _ASK_EVERY_S = 2.0  # whether a machine leaves
 _CHECKPOINT_AGAIN_S = 10.0  # while one leaves: what is trained until it has gone is not lost
+_PATIENCE = 2.0  # times the collectives' timeout, which has the better message
 
 
 class Trainer:
@@ -44,7 +46,11 @@ class Trainer:
         machine_leaves: Callable[[], bool] = lambda: False,
     ) -> None:
         """`warned`: whether this process was told since the last call that it will end. `machine_leaves`: whether a machine
-        of the run will; a collective. Either is answered by a checkpoint after the current step; training goes on."""
+        of the run will; a collective. Either is answered by a checkpoint after the current step; training goes on.
+
+        Raises:
+            RuntimeError: the ranks were given different checkpoints: their run folder is not the same one.
+        """
         self.rank, self.world = world()
         self.plan, self.device, self.run = plan, device, plan.run_folder
         self.shape = plan.batch_shape(self.world)
@@ -54,6 +60,7 @@ class Trainer:
         self.step = self.samples_seen = self.num_rejected = 0
         self.best_miou = self.last_miou = None
         progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress.over(plan.shard_sizes)
+        self._agree(checkpoint)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.first_step, self.interrupted = self.step, False
@@ -64,10 +71,21 @@ class Trainer:
             self.run, rank=self.rank, first_step=self.step, world_size=self.world, observers=observers
         )
         self._stop = StopFile(self.run)
-        self._meter = _Meter()
+        self._meter = Meter()
         self._spare: Batch | None = None
         self._checkpoint_step = self.step if checkpoint is not None else 0
         self._writer, self._writing, self._checkpoint_s = ThreadPoolExecutor(1), None, 0.0
+        self._watchdog = Watchdog(_PATIENCE * plan.collective_timeout_s)
+
+    def _agree(self, checkpoint: Checkpoint | None) -> None:
+        """Each rank has read the run folder by itself: one that does not see it, or not all of it, would train another model
+        from here on, and no collective would notice."""
+        steps = gather_objects(0 if checkpoint is None else checkpoint.info.step)
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"the workers would continue {self.run} from different checkpoints (steps {steps}, by rank): every node must"
+                " see the same folder, with the same files"
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         info = checkpoint.info
@@ -84,7 +102,7 @@ class Trainer:
         self.engine.load(checkpoint.engine)
         self._restore_average(checkpoint)
         self.step, self.samples_seen, self.num_rejected = info.step, info.samples_seen, info.num_rejected
-        best = best_checkpoint(self.run)
+        best = best_checkpoint(self.run, up_to=self.step)
         self.best_miou = None if best is None else read_info(best).val_miou
         self.last_miou = info.val_miou
         logger.info("continuing from %s: step %d, %d samples seen", checkpoint.folder, self.step, self.samples_seen)
@@ -118,6 +136,10 @@ class Trainer:
             NonFiniteLossError: on all ranks, before the update.
             RuntimeError: the stream ended before the run.
         """
+        with self._watchdog.watching():
+            return self._train(batches, report)
+
+    def _train(self, batches: Iterator[Batch], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         plan, start = self.plan, time.perf_counter()
         while self.samples_seen < plan.total_samples and not self.interrupted:
             self._step(batches)
@@ -131,6 +153,7 @@ class Trainer:
                 if self._leaving:
                     self._finish_writing()
                 report({"step": self.step, "samples_seen": self.samples_seen, "val_miou": self.last_miou})
+                self._watchdog.progress()
                 self._checkpoint_s += time.perf_counter() - begin
         self._finish_writing()
         self._recorder.close()
@@ -162,6 +185,7 @@ class Trainer:
                 )
             self.engine.backward(loss.local)
             self._ledger.note(batch, step=self.step + 1, micro=micro)
+            self._watchdog.progress()
             value += loss.value / accumulation
             means = {k: means.get(k, 0.0) + v / accumulation for k, v in loss.means.items()}
         norm = self.engine.step()
@@ -230,8 +254,8 @@ class Trainer:
             logger.info(text, self.step, total, values["loss"], rate, 100 * values["data_wait"], duration(eta_s))
 
     def _validation_due(self, done: bool) -> bool:
-        if self.plan.make_validation is None or self.interrupted:
-            return False
+        if self.plan.make_validation is None or self.interrupted or (self._leaving and not done):
+            return False  # who will end in seconds writes a checkpoint, and is validated at the next occasion
         return done or (self.plan.validate_every > 0 and self.step % self.plan.validate_every == 0)
 
     def _validate(self) -> bool:
@@ -243,6 +267,7 @@ class Trainer:
         with torch.no_grad(), nullcontext() if self._average is None else self._average.used():
             for batch in make_validation(self.rank, self.world):
                 confusion += objective.validate(batch.to(self.device))
+                self._watchdog.progress()
         objective.train()
         all_reduce_sum(confusion)
         miou = self.last_miou = float(mean_iou(confusion))
@@ -304,7 +329,10 @@ class Trainer:
             number = self._attempt.number
             history.write_rows(self.run, rows, step=info.step, continues_from=last, attempt=number)
         save_checkpoint(self.run, state, progress, info, average)
-        prune(self.run, keep_last=self.plan.keep_last)
+        try:
+            prune(self.run, keep_last=self.plan.keep_last, newest=info.step)
+        except OSError as error:  # this checkpoint is safe, and the next one prunes again
+            logger.warning("old checkpoints were not deleted: %s", error)
 
     def _finish_writing(self) -> None:
         if self._writing is not None:
@@ -365,30 +393,3 @@ def _black_picture(batch: Batch) -> Batch:
         given_B=None if batch.given_B is None else torch.zeros(1, dtype=torch.bool),
         rejected=(),
     )
-
-
-class _Meter:
-    """Sums of step times and of what steps report, since the last `take` and since the start."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, float] = {}
-        self._now, self._all = [0.0, 0.0, 0, 0], [0.0, 0.0, 0, 0]
-
-    def add(self, step_s: float, wait_s: float, num_images: int, values: dict[str, float]) -> None:
-        for sums in (self._now, self._all):
-            for i, value in enumerate((step_s, wait_s, num_images, 1)):
-                sums[i] += value
-        for name, value in values.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call."""
-        step_s, wait_s, images, steps = self._now
-        values = {name: value / steps for name, value in self._parts.items()}
-        self._parts, self._now = {}, [0.0, 0.0, 0, 0]
-        return values | {"images_per_s": images / step_s, "step_s": step_s / steps, "data_wait": wait_s / step_s}
-
-    def whole(self) -> dict[str, float]:
-        """Rates since the start (first step included)."""
-        step_s, wait_s, images, _ = self._all
-        return {"images_per_s": images / max(step_s, 1e-9), "data_wait": wait_s / max(step_s, 1e-9)}

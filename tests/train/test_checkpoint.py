@@ -78,7 +78,7 @@ def test_the_state_is_put_last_and_taken_first(run, way):
     assert list(dict.fromkeys(puts)) == FILES and puts[-1] == "state.json"
     way.requests.clear()
     save(run, 4)
-    prune(run, keep_last=1)
+    prune(run, keep_last=1, newest=4)
     first = next(line for line in way.requests if line.startswith(("DELETE", "POST")) and folder in line)
     assert first.startswith("DELETE") and "state.json" in first
     assert steps(run) == [4]
@@ -96,7 +96,7 @@ def test_a_writer_that_fails_at_any_file_leaves_no_checkpoint_and_the_next_clean
         assert latest_checkpoint(run, class_names=NAMES).info.step == 3
     assert "step-00000006 is passed over" in caplog.text
     save(run, 7)
-    prune(run, keep_last=2)
+    prune(run, keep_last=2, newest=7)
     assert storage.list_names(storage.join(run, "checkpoints")) == ["step-00000003", "step-00000007"]
 
 
@@ -138,7 +138,7 @@ def test_a_store_that_does_not_answer_is_no_damage(run, way):
 def test_the_best_and_the_last_survive_pruning_in_a_store(run):
     for step, miou in ((1, 0.2), (2, 0.5), (3, None), (4, 0.4), (5, None)):
         save(run, step, miou)
-    prune(run, keep_last=2)
+    prune(run, keep_last=2, newest=5)
     assert steps(run) == [2, 4, 5]
     assert find_checkpoint(run, "best") == best_checkpoint(run)
     assert read_info(find_checkpoint(run, "best")).step == 2
@@ -158,5 +158,5 @@ def test_a_store_that_only_moves_files_works_too():
     run = f"memory://{uuid.uuid4().hex}"
     for step in (1, 2, 3):
         save(run, step)
-    prune(run, keep_last=1)
+    prune(run, keep_last=1, newest=3)
     assert steps(run) == [3] and latest_checkpoint(run, class_names=NAMES).info.step == 3

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,3 +112,20 @@ def test_a_worker_error_reaches_the_caller_as_it_is(ray_session: None, index: Sh
     plan = toy.toy_plan(tmp_path, index, precision="fp16", engine="torch")
     with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
         run(plan)
+
+
+def test_a_store_that_fails_while_the_workers_start_is_asked_again(
+    ray_session: None, index: ShardIndex, tmp_path: Path
+) -> None:
+    plan = toy.toy_plan(tmp_path / "run", index, engine="torch", make_validation=None)
+    real, once = plan.make_dataset, tmp_path / "once"
+
+    def make_dataset(*arguments: Any) -> Any:
+        """In Ray Train's controller, which ends with an error of its own."""
+        if not once.exists():
+            once.touch()
+            raise StoreError("s3://bucket cannot be used: connection reset")
+        return real(*arguments)
+
+    result = run(replace(plan, make_dataset=make_dataset))
+    assert once.exists() and (result["step"], result["interrupted"]) == (12, False)

@@ -1,24 +1,29 @@
 """Every (epoch, sample) is consumed exactly once, whatever interrupts a run."""
 
+import errno
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dfa.data import storage
 from dfa.data.reading import epoch_order, remaining_items, shard_offsets
 from dfa.data.stream import ReadReject
 from dfa.train.checkpoint import (
     CheckpointInfo,
+    CorruptCheckpointError,
     best_checkpoint,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_weights,
     prune,
+    read_info,
     save_checkpoint,
 )
 from dfa.train.objective import EngineState
@@ -220,7 +225,7 @@ def test_the_best_and_the_last_survive_pruning(tmp_path: Path) -> None:
     for step, miou in ((1, 0.2), (2, 0.5), (3, None), (4, 0.4), (5, None)):
         save(tmp_path, step, miou)
     (tmp_path / "checkpoints" / ".partial-dead").mkdir()
-    prune(tmp_path, keep_last=2)
+    prune(tmp_path, keep_last=2, newest=5)
     assert [json.loads(Path(p, "state.json").read_text())["step"] for p in list_checkpoints(tmp_path)] == [2, 4, 5]
     assert not (tmp_path / "checkpoints" / ".partial-dead").exists()
     best = best_checkpoint(tmp_path)
@@ -230,6 +235,42 @@ def test_the_best_and_the_last_survive_pruning(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "4").endswith("/step-00000004")
     with pytest.raises(ValueError, match="no checkpoint '3'; allowed are best, latest or one of"):
         find_checkpoint(tmp_path, "3")
+
+
+def test_damaged_checkpoints_that_were_passed_over_are_not_kept_in_the_place_of_whole_ones(tmp_path: Path) -> None:
+    for step, miou in ((10, 0.2), (15, 0.9), (17, None)):
+        save(tmp_path, step, miou)
+    for step in (15, 17):
+        file = tmp_path / f"checkpoints/step-{step:08d}/model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    continued = latest_checkpoint(tmp_path, class_names=("cat", "dog"))
+    assert continued is not None and continued.info.step == 10
+    save(tmp_path, 12)
+    prune(tmp_path, keep_last=1, newest=12)
+    steps = [read_info(folder).step for folder in list_checkpoints(tmp_path)]
+    assert steps == [10, 12]  # the best of the whole ones, and the newest
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    for step in (3, 6):
+        (Path(save(tmp_path, step)) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptCheckpointError, match=r"none of the 2 checkpoints.*step-00000006.*damaged.*delete them"):
+        latest_checkpoint(tmp_path, class_names=("cat", "dog"))
+
+
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+    real = storage.write_atomic
+
+    def full_disk(address: str, write: Any) -> None:
+        if address.endswith("optimizer.safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(address, write)
+
+    monkeypatch.setattr(storage, "write_atomic", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 6)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
-from dfa.data.shards import ShardIndex
+from dfa.data.shards import ShardIndex, load_index
 from dfa.data.stream import Batch, ReadReject
 from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
 from dfa.train.objective import LossPart, NonFiniteLossError
@@ -114,6 +116,36 @@ def test_the_run_folder_tells_the_run(tmp_path: Path, index: ShardIndex) -> None
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert result["best_val_miou"] >= result["val_miou"] >= 0
     assert len(list_checkpoints(tmp_path)) <= plan.keep_last + 1
+
+
+def test_a_notice_is_answered_by_a_checkpoint_on_disk_before_a_validation(tmp_path: Path, index: ShardIndex) -> None:
+    """`report` is where Ray may end a worker. A validation is due at the same step, and comes at the next."""
+    plan = toy_plan(tmp_path, index, engine="torch", checkpoint_every=100, validate_every=3)
+    notices, reported = iter([False] * 5 + [True] * 2), []
+    trainer = Trainer(plan, device=CPU, checkpoint=None, warned=lambda: next(notices, False))
+    batches = local_batches(plan, index, Progress(plan.shard_sizes))
+
+    def report(metrics: dict[str, Any]) -> None:
+        names = [Path(folder).name for folder in list_checkpoints(tmp_path)]
+        reported.append((metrics["step"], f"step-{metrics['step']:08d}" in names))
+
+    trainer.train(batches, report=report)
+    assert reported[0] == (3, True)
+    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "val"] == [6, 9, 12]
+
+
+def test_workers_that_see_different_checkpoints_do_not_train_on(tmp_path: Path, index: ShardIndex) -> None:
+    plan = toy_plan(tmp_path / "run", index, engine="torch")
+    train(plan, index)
+    with pytest.raises(mp.ProcessRaisedException, match=r"different checkpoints \(steps \[12, 0\], by rank\)"):
+        mp.spawn(_one_rank_of_two, (str(tmp_path), index.root), nprocs=2)
+
+
+def _one_rank_of_two(rank: int, folder: str, shards: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    plan = toy_plan(Path(folder) / "run", load_index(shards), engine="torch", num_workers=2)
+    checkpoint = latest_checkpoint(plan.run_folder, class_names=plan.class_names)
+    Trainer(plan, device=CPU, checkpoint=None if rank else checkpoint)  # rank 1's machine has not mounted the folder
 
 
 class Poisoned(ToyObjective):
