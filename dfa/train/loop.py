@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import ray
 import ray.data
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
