@@ -1,7 +1,7 @@
 """One optimizer step over any number of processes, by DeepSpeed (ZeRO 0, 1, 2) or by plain torch, behind the same
 calls.
 
-This is the only module that imports deepspeed. Both engines agree on four things:
+Both engines agree on four things:
 
 - parameters, moments and gradients of the trainable part stay float32; ``bf16`` and ``fp16`` are torch autocast around
   the forward pass. The numerical parts that must stay float32 switch autocast off themselves, and a state is the same
@@ -13,13 +13,10 @@ This is the only module that imports deepspeed. Both engines agree on four thing
   one saved.
 """
 
-import contextlib
 import importlib.util
-import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 
 from dfa.data.stream import Batch
 from dfa.train.adam import LossScale, check_names, cpu_weights, fill_moments, make_optimizer, set_learning_rate
+from dfa.train.lean_deepspeed import import_deepspeed, quiet
 from dfa.train.objective import (
     EngineState,
     LossPart,
@@ -36,14 +34,11 @@ from dfa.train.objective import (
     world,
 )
 
-logger = logging.getLogger(__name__)
-
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineKind = Literal["auto", "deepspeed", "torch"]
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BUCKET_ELEMENTS = 2**23  # DeepSpeed's default bucket of 5e8 elements alone would take 2 GB on a CPU
-_DEEPSPEED_NOISE = ("DeepSpeed", "deepspeed")
 
 
 class Engine(Protocol):
@@ -242,8 +237,8 @@ class DeepSpeedEngine:
             },
             "steps_per_print": 2**62,
         }
-        deepspeed = _import_deepspeed(device)
-        with _quiet():
+        deepspeed = import_deepspeed(device)
+        with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=_Precise(objective, precision, device),
                 optimizer=make_optimizer(objective, settings),
@@ -346,29 +341,3 @@ def _ensure_process_group(device: torch.device) -> None:
     address = "file://" + os.path.join(tempfile.mkdtemp(prefix="dfa-store-"), "store")
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """Import deepspeed quietly; on a CPU without its shared-memory kernel, which takes a minute to compile."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _quiet():
-        import deepspeed
-        import deepspeed.ops
-
-        if device.type == "cpu":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed announces its configuration on standard output at INFO; warnings still pass."""
-    loggers = [logging.getLogger(name) for name in _DEEPSPEED_NOISE]
-    before = [item.level for item in loggers]
-    for item in loggers:
-        item.setLevel(logging.WARNING)
-    yield
-    for item, level in zip(loggers, before, strict=True):
-        item.setLevel(max(level, logging.WARNING))

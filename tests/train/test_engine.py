@@ -1,6 +1,8 @@
 """Both engines make the same updates, at every sharding, and their states are interchangeable."""
 
 import functools
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, globa
 from tests.train.toy import SETTINGS, ToyObjective, toy_batch
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 8
 # fp32 sums in another order (ranks, micro-batches, partitions): a few units in the last place per step
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -274,3 +277,21 @@ def test_impossible_engines_are_refused_with_a_reason() -> None:
     )
     with pytest.raises(ValueError, match=r"head.*saved \(4.*model \(6"):
         other.load(state)
+
+
+def test_a_worker_imports_neither_mlflow_nor_the_compiler_for_deepspeed() -> None:
+    """They cost each start of a worker more than all else together, and nobody uses them."""
+    code = """
+import sys, torch
+from dfa.train.engine import make_engine
+from tests.train.toy import SETTINGS, ToyObjective
+
+cpu = torch.device("cpu")
+make_engine(ToyObjective(3), SETTINGS, kind="deepspeed", precision="fp32", zero_stage=1, micro_batch=2,
+            num_accumulation=1, device=cpu)
+print("deepspeed" in sys.modules, "mlflow" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+import mlflow  # it can still be imported
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True False False"

@@ -1,0 +1,71 @@
+"""DeepSpeed, imported quietly and without what is never used: every start of a worker waits for it."""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_DEEPSPEED_NOISE = ("DeepSpeed", "deepspeed")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import deepspeed quietly; on a CPU without its shared-memory kernel, which takes a minute to compile."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with quiet(), _without_mlflow():
+        import deepspeed
+        import deepspeed.ops
+
+        _import_muon_uncompiled()
+        if device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner, which we do not use, imports MLflow where it is installed: 2 to 4 s of every worker's start."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer, which we do not use, to ask whether ours is one, and that decorates functions
+    with torch.compile, which imports all of inductor: 3 to 5 s of every worker's start."""
+    try:
+        from deepspeed.runtime import compiler
+
+        real = compiler.compile
+        compiler.compile = lambda: compiler.dummy_decorator
+    except (ImportError, AttributeError):  # a version that does it differently is only slower
+        return
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        pass
+    finally:
+        compiler.compile = real
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed announces its configuration on standard output at INFO; warnings still pass."""
+    loggers = [logging.getLogger(name) for name in _DEEPSPEED_NOISE]
+    before = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.WARNING)
+    yield
+    for item, level in zip(loggers, before, strict=True):
+        item.setLevel(max(level, logging.WARNING))
