@@ -213,6 +213,8 @@ def test_the_file_for_ray_up_passes_rays_own_validator():
         environment, start, _ = command[-1].partition(" ray start ")
         assert start and "RAY_AUTH_MODE=token" in environment.split()
     assert prepared["available_node_types"]["crf"]["resources"]["crf"] == 1
+    for name, kind in prepared["available_node_types"].items():  # Ray's default image has a driver too old for CUDA 13
+        assert kind["node_config"].get("ImageId", "").startswith("ami-"), name
 
 
 def test_rays_validator_refuses_a_wrong_file():
