@@ -236,6 +236,22 @@ def test_the_slurm_script_is_clean_shell():
     assert checked.returncode == 0, checked.stdout
 
 
+def test_a_lost_node_ends_neither_the_slurm_job_nor_the_step_of_the_others():
+    lines = (CLUSTER / "slurm.sh").read_text().replace("\\\n", " ").splitlines()
+    assert "#SBATCH --no-kill" in lines  # of the job alone: each srun needs its own
+    (node,) = (line for line in lines if line.startswith("readonly NODE=("))
+    assert {"srun", "--no-kill", "--kill-on-bad-exit=0"} <= set(node.partition("(")[2].rstrip(")").split())
+    starts = [line.strip() for line in lines if " ray start " in line]
+    assert len(starts) == 2 and all(line.startswith('"${NODE[@]}" ') for line in starts)
+    for line in starts:  # without the dashboard or the address Ray Train's cleaner warns, or finds another cluster
+        assert "--include-dashboard=false" not in line and "env -u" not in line
+
+
+def test_the_steps_of_the_slurm_script_get_the_cpus_of_the_job():
+    text = (CLUSTER / "slurm.sh").read_text()  # srun takes --cpus-per-task from no #SBATCH line
+    assert 0 < text.find("\nexport SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}") < text.index("$(srun ")
+
+
 def test_the_dockerfile_is_clean_and_copies_what_is_there():
     text = (CLUSTER / "Dockerfile").read_text()
     checked = subprocess.run(
