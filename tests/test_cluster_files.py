@@ -273,3 +273,4 @@ def test_the_runtime_environment_is_one_that_ray_takes():
     RuntimeEnv(**environment | {"working_dir": None})  # a local folder becomes an address when it is uploaded
     assert environment["working_dir"] == "."
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3
+    assert environment["env_vars"]["DFA_COMMIT"] == ""  # or the image's would pass for the commit of what was sent
