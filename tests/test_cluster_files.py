@@ -151,6 +151,7 @@ def test_pods_are_what_kubernetes_knows_and_share_storage_and_memory(name):
             == read("kuberay/storage.yaml")["metadata"]["name"]
         )
         assert container["resources"]["limits"] == container["resources"]["requests"]  # Ray counts limits
+        assert pod["securityContext"]["fsGroup"] == 100  # of the image's user; a new volume is root's
 
 
 def test_the_claim_is_what_kubernetes_knows_and_many_pods_may_write():
@@ -169,7 +170,10 @@ def test_the_pools_are_gpus_and_cpus_for_the_crf_on_spot_nodes(name):
     quoted = pools["crf"]["rayStartParams"]["resources"]  # KubeRay puts it on a shell's command line
     assert json.loads(json.loads(quoted)) == {"crf": 1}
     assert all("spot" in str(group["template"]["spec"]["tolerations"]) for group in pools.values())
-    assert pools["gpu"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    pod = pools["gpu"]["template"]["spec"]
+    given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    drained = int(given["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])  # without it Ray ends a node's work after 30 s
+    assert 60 <= drained < pod["terminationGracePeriodSeconds"]
 
 
 def test_job_and_cluster_describe_the_same_cluster():
