@@ -5,6 +5,8 @@ KubeRay's own fields are held against the names of its published API reference: 
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -180,20 +182,49 @@ def test_job_and_cluster_describe_the_same_cluster():
     assert cluster_spec("kuberay/rayjob.yaml") == cluster_spec("kuberay/raycluster.yaml")
 
 
-def entry_points() -> list[str]:
-    return [read("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+def commands() -> list[list[str]]:
+    """`JOB CONF key=value ...` of each command that submits a job: of the RayJob, and as the pages have them."""
+    lines = [read("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    for page in (CLUSTER / "README.md", CLUSTER.parent / "README.md"):
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines += [line for line in block.splitlines() if line.startswith(("ray job submit", "sbatch"))]
+    found = []
+    for line in lines:
+        words = shlex.split(line.replace("$SHARED", "/mnt/shared"), comments=True)
+        first = next(number for number, word in enumerate(words) if word.startswith("jobs."))
+        assert words[first - 1] in ("-m", "cluster/slurm.sh"), line
+        found.append(words[first:])
+    return found
 
 
-@pytest.mark.parametrize("entrypoint", entry_points())
-def test_the_commands_name_jobs_configurations_and_keys_that_exist(entrypoint):
-    python, module, job, name, *overrides = entrypoint.split()
-    assert (python, module) == ("python", "-m")
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_name_jobs_configurations_and_keys_that_exist(command):
+    job, name, *overrides = command
     assert (CLUSTER.parent / f"{job.replace('.', '/')}.py").is_file()
     loaded = load(name, overrides)
-    assert Path(loaded.run).is_absolute() and Path(loaded.shards.train).is_absolute()
+    paths = {loaded.run, loaded.shards.train, loaded.shards.val if job == "jobs.train" else ""}
+    for path in paths - {""}:  # what the configurations have is relative: it would be a copy's, on one node
+        assert "://" in path or Path(path).is_absolute(), path
+
+
+def test_the_pages_submit_jobs_in_every_way():
+    assert [command[0] for command in commands()].count("jobs.train") >= 3
+    assert len(commands()) >= 6
+
+
+def test_the_training_of_the_rayjob_has_room_at_its_start():
+    _, name, *overrides = commands()[0]
+    loaded = load(name, overrides)
     pools = {group["groupName"]: group for group in cluster_spec("kuberay/rayjob.yaml")["workerGroupSpecs"]}
     fewest = getattr(loaded.train, "min_workers", 0) or loaded.train.workers
     assert fewest <= pools["gpu"]["replicas"], "the training would be refused at its start"
+
+
+def test_the_page_asks_for_crf_nodes_only_where_the_cluster_begins_with_some():
+    text = (CLUSTER / "README.md").read_text().partition("## Kubernetes")[2].partition("\n## ")[0]
+    asked = any("label.crf_resource" in line for line in text.splitlines() if line.startswith("ray job submit"))
+    pools = {group["groupName"]: group for group in cluster_spec("kuberay/raycluster.yaml")["workerGroupSpecs"]}
+    assert not asked or pools["crf"]["minReplicas"] > 0  # without a node the job is refused, and asks for none
 
 
 def test_versions_are_the_pinned_one_everywhere():
@@ -214,8 +245,9 @@ def test_the_file_for_ray_up_passes_rays_own_validator():
     validate_config(prepared)
     assert prepared["setup_commands"] == [] == prepared["head_setup_commands"]  # not the defaults, which install Ray
     for command in (prepared["head_start_ray_commands"], prepared["worker_start_ray_commands"]):
-        environment, start, _ = command[-1].partition(" ray start ")
+        environment, start, options = command[-1].partition(" ray start ")
         assert start and "RAY_AUTH_MODE=token" in environment.split()
+        assert "--metrics-export-port=8080" in options.split()  # otherwise each node has a port of its own
     assert prepared["available_node_types"]["crf"]["resources"]["crf"] == 1
     for name, kind in prepared["available_node_types"].items():  # Ray's default image has a driver too old for CUDA 13
         assert kind["node_config"].get("ImageId", "").startswith("ami-"), name
