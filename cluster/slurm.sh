@@ -1,7 +1,9 @@
 #!/bin/bash
 # A job of jobs/ on several nodes: sbatch cluster/slurm.sh jobs.train voc_dfa run=$SHARED/runs/voc ... , from the checkout.
-# Two minutes before its time is over (or when it is preempted) the job is told to stop, writes a checkpoint and goes back
-# into the queue; there it continues. Before: an environment with requirements.txt in .venv, on a file system of all nodes.
+# Two minutes before its time is over the job is told to stop, writes a checkpoint and goes back into the queue; there it
+# continues. When it is preempted, too, but only where slurm.conf has PreemptParameters=send_user_signal; elsewhere Slurm
+# ends Ray's processes, and the steps since the last checkpoint (train.checkpoint_every) are made again.
+# Before: an environment with requirements.txt in .venv, on a file system of all nodes.
 #SBATCH --job-name=dfa
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -10,9 +12,11 @@
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 # B: to this script alone. Without it Slurm would signal Ray's own processes, and the nodes would be gone before the checkpoint.
+# --no-kill: a lost node would end the whole job, which goes on with those that are left (train.min_workers).
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -29,6 +33,7 @@ RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))') # srun hands it to all nodes
 export RAY_AUTH_MODE RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it over by itself
 export RAY_health_check_period_ms=1000 # a lost node is noticed within 5 s, not 15 to 20
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -51,18 +56,19 @@ end_ray() {
 }
 trap end_ray EXIT
 
-# RAY_ADDRESS is for the job: `ray start` refuses to start a head where it is set.
-srun --nodes=1 --ntasks=1 --overlap --nodelist="$head_node" \
-    env -u RAY_ADDRESS ray start --head --node-ip-address="$head_ip" --port="$PORT" --include-dashboard=false \
-    --temp-dir="$FOLDER" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
+# Ray's processes inherit RAY_ADDRESS: Ray Train's placement-group cleaner looks for its cluster by it, and two jobs may share
+# a node. With the dashboard, which the cleaner asks. A node that is lost or fails must not take the others with it.
+readonly NODE=(srun --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
+"${NODE[@]}" --nodes=1 --ntasks=1 --nodelist="$head_node" \
+    ray start --head --node-ip-address="$head_ip" --port="$PORT" --temp-dir="$FOLDER" --num-cpus="$SRUN_CPUS_PER_TASK" --block &
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     for ((i = 0; i < 150; i++)); do # until the head listens
         if (: <"/dev/tcp/$head_ip/$PORT") 2>/dev/null; then break; fi
         sleep 2
     done
     others=$((SLURM_JOB_NUM_NODES - 1))
-    srun --nodes="$others" --ntasks="$others" --overlap --exclude="$head_node" \
-        env -u RAY_ADDRESS ray start --address="$head_ip:$PORT" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --block &
+    "${NODE[@]}" --nodes="$others" --ntasks="$others" --exclude="$head_node" \
+        ray start --address="$head_ip:$PORT" --num-cpus="$SRUN_CPUS_PER_TASK" --block &
 fi
 # A job that starts before its nodes would be refused its workers.
 python - "$SLURM_JOB_NUM_NODES" <<'EOF'

@@ -18,6 +18,7 @@ from dfa.config import CONF
 from dfa.world import pretrain
 from dfa.world.measure import measure_clip
 from jobs import Result, run
+from jobs.submitted import refuse_lost
 
 _OUTPUT = Path(pretrain.__file__).with_name("tiny_clip.safetensors")
 _MEASURED = {"seed": 2024, "num_scenes": 300}
@@ -56,7 +57,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     settings = pretrain.PretrainSettings(seed=arguments.seed)
-    run(lambda: work(settings, arguments.work, arguments.output, arguments.threads))
+
+    def checked() -> Result:
+        for name, path in (("--work", arguments.work), ("--output", arguments.output)):
+            refuse_lost(name, path)
+        return work(settings, arguments.work, arguments.output, arguments.threads)
+
+    run(checked)
 
 
 if __name__ == "__main__":

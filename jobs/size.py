@@ -1,9 +1,9 @@
-"""Hours and costs of a data set on a cluster: `python -m jobs.size images=82081 gpus=8 cpus=64 steps=80000 batch_size=16`.
+"""Hours and costs of a data set on a cluster: `python -m jobs.size images=82081 gpus=8 cpus=64 steps=80000 batch_size=8`.
 
 Rates come from cluster/BENCHMARKS.md, or from the command where they are given or were never measured: step_ms (a step of
-batch_size images on one GPU: `step_s` of a run of one worker) and cam_ms (the CAM of an image on one GPU). What is not known
-is null, and listed. Prices are only what you give: gpu_price and cpu_price, of one for an hour. The formulas are in
-cluster/SIZING.md.
+batch_size images on one GPU: `step_s` of a run of one worker) and cam_ms (the CAM of an image on one GPU); without GPUs,
+both on the CPUs. What is not known is null, and listed. Prices are only what you give: gpu_price and cpu_price, of one for
+an hour. The formulas are in cluster/SIZING.md.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from jobs import Result, run
 
 PAGE = Path(__file__).resolve().parents[1] / "cluster" / "BENCHMARKS.md"
 _SECTION = r"<!-- bench:{0} -->(.*?)<!-- /bench:{0} -->"
-_LABELLING = {"crf_ms": r"CRF ([\d.]+)", "encode_ms": r"reading and encoding ([\d.]+)"}
-_OVERHEAD = r"Overhead[^*]*\*\*([\d.]+) %\*\*"
+_LABELLING = r"Overhead[^*]*\*\*([\d.]+) %\*\*\. CPU ms an image: CAM ([\d.]+), CRF ([\d.]+)"
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is to be done, with what, at which rates. None: not given.
 
-    crf_ms, encode_ms: CPU milliseconds of an image. overhead: of labelling, a share of the CPU time of CRF and encoding.
-    read_ms: CPU milliseconds in which one training image is read and cut. scaling: share of the ideal speed that training
-    reaches on all GPUs. gpu_price, cpu_price: of one for an hour, in any currency.
+    cpus: of the whole cluster. crf_cpus: those of them on which the CRF may run (`label.crf_resource`); None: all.
+    crf_ms: CPU milliseconds of an image. rest_ms: what labelling takes of the CPUs beside CAM and CRF: reading, encoding, Ray,
+    waiting. read_ms: CPU milliseconds in which one training image is read and cut. scaling: share of the ideal speed that
+    training reaches on all GPUs. gpu_price, cpu_price: of one for an hour, in any currency.
     """
 
     images: int
@@ -42,24 +42,26 @@ class Wanted:
     scaling: float = 1.0
     cam_ms: float | None = None
     crf_ms: float | None = None
-    encode_ms: float | None = None
-    overhead: float | None = None
+    rest_ms: float | None = None
     gpu_price: float | None = None
     cpu_price: float | None = None
+    crf_cpus: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}, a number is wanted")
-        for name in ("images", "cpus", "steps", "batch_size", "step_ms", "cam_ms", "crf_ms"):
+        for name in ("images", "cpus", "crf_cpus", "steps", "batch_size", "step_ms", "cam_ms", "crf_ms"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, more than 0 is wanted")
-        for name in ("gpus", "read_ms", "encode_ms", "overhead", "gpu_price", "cpu_price"):
+        for name in ("gpus", "read_ms", "rest_ms", "gpu_price", "cpu_price"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}, 0 or more is wanted")
+        if self.crf_cpus is not None and self.crf_cpus > self.cpus:
+            raise ValueError(f"crf_cpus is {self.crf_cpus}, at most all cpus={self.cpus} are wanted")
         if not 0 < self.scaling <= 1:
             raise ValueError(f"scaling is {self.scaling}, allowed is more than 0 to 1")
 
@@ -96,16 +98,17 @@ def parse(arguments: Sequence[str]) -> Wanted:
 
 
 def measured(page: Path = PAGE) -> dict[str, float]:
-    """crf_ms, encode_ms and overhead of the page's section on the label factory; what it does not say is absent."""
+    """crf_ms and rest_ms of the page's section on the label factory; empty where it does not say.
+
+    The page's overhead is a share of CAM and CRF together, made on a machine where CPUs do both.
+    """
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     section = re.search(_SECTION.format("labels"), text, re.DOTALL)
-    if section is None:
+    found = section and re.search(_LABELLING, section[1])
+    if not found:
         return {}
-    found = {name: re.search(pattern, section[1]) for name, pattern in _LABELLING.items()}
-    rates = {name: float(match[1]) for name, match in found.items() if match}
-    if match := re.search(_OVERHEAD, section[1]):
-        rates["overhead"] = float(match[1]) / 100
-    return rates
+    overhead, cam_ms, crf_ms = (float(each) for each in found.groups())
+    return {"crf_ms": crf_ms, "rest_ms": round(overhead / 100 * (cam_ms + crf_ms), 1)}
 
 
 def estimate(wanted: Wanted, rates: dict[str, float]) -> Result:
@@ -137,27 +140,41 @@ _NEEDED = ("steps", "step_ms", "cam_ms", "crf_ms")
 
 
 def training_bounds(wanted: Wanted) -> dict[str, float | None]:
-    """Hours that GPUs and CPUs need for the training's steps; the slower decides, since reading goes on beside."""
+    """Hours that GPUs and CPUs need for the training's steps; the slower decides, since reading goes on beside. Without a
+    GPU the steps are the CPUs' work too."""
+    on_gpu = wanted.gpus > 0
     if wanted.steps is None:
-        return {"gpu": None, "cpu": None}
-    workers = max(1, wanted.gpus)
-    largest_part = math.ceil(wanted.batch_size / workers) / wanted.batch_size  # the step waits for the fullest worker
+        return {"gpu": None if on_gpu else 0.0, "cpu": None}
+    largest_part = math.ceil(wanted.batch_size / max(1, wanted.gpus)) / wanted.batch_size  # of the fullest worker
     step_s = None if wanted.step_ms is None else wanted.step_ms / 1000 * largest_part / wanted.scaling
     read_s = (wanted.read_ms or 0.0) / 1000 * wanted.batch_size / wanted.cpus
-    return {"gpu": None if step_s is None else wanted.steps * step_s / 3600, "cpu": wanted.steps * read_s / 3600}
+    step_hours = None if step_s is None else wanted.steps * step_s / 3600
+    read_hours = wanted.steps * read_s / 3600
+    if on_gpu:
+        return {"gpu": step_hours, "cpu": read_hours}
+    return {"gpu": 0.0, "cpu": None if step_hours is None else step_hours + read_hours}
 
 
 def labelling_bounds(wanted: Wanted) -> dict[str, float | None]:
-    """Hours that GPUs need for the CAMs and CPUs for CRF and encoding; both work at once. Without a GPU the CAM is the
-    CPUs' work too."""
-    cam_ms, on_gpu = wanted.cam_ms, wanted.gpus > 0
-    gpu = None if cam_ms is None else wanted.images * cam_ms / 1000 / wanted.gpus / 3600 if on_gpu else 0.0
-    if wanted.crf_ms is None or (cam_ms is None and not on_gpu):
-        return {"gpu": gpu, "cpu": None}
-    cpu_ms = (wanted.crf_ms + (wanted.encode_ms or 0.0)) * (1 + (wanted.overhead or 0.0)) + (
-        0.0 if on_gpu else cam_ms or 0.0
-    )
-    return {"gpu": gpu, "cpu": wanted.images * cpu_ms / 1000 / wanted.cpus / 3600}
+    """Hours that GPUs need for the CAMs and CPUs for CRF and the rest; both work at once. Without a GPU the CAM is the
+    work of the CPUs too, or of those that the CRF leaves."""
+    crf_cpus = _crf_cpus(wanted)
+    cam_s = None if wanted.cam_ms is None else wanted.images * wanted.cam_ms / 1000
+    crf_s = None if wanted.crf_ms is None else wanted.images * (wanted.crf_ms + (wanted.rest_ms or 0.0)) / 1000
+    if wanted.gpus:
+        gpu = None if cam_s is None else cam_s / wanted.gpus
+        cpu = None if crf_s is None else crf_s / crf_cpus
+    elif cam_s is None or crf_s is None:
+        gpu, cpu = 0.0, None
+    elif crf_cpus < wanted.cpus:
+        gpu, cpu = 0.0, max(crf_s / crf_cpus, cam_s / (wanted.cpus - crf_cpus))
+    else:
+        gpu, cpu = 0.0, (crf_s + cam_s) / wanted.cpus
+    return {"gpu": None if gpu is None else gpu / 3600, "cpu": None if cpu is None else cpu / 3600}
+
+
+def _crf_cpus(wanted: Wanted) -> int:
+    return wanted.crf_cpus or wanted.cpus
 
 
 def _longest(bounds: dict[str, float | None]) -> float | None:
@@ -174,10 +191,10 @@ def _bottleneck(stages: dict[str, dict[str, float | None]]) -> str | None:
 
 
 def _cpus_for_gpus(wanted: Wanted) -> int | None:
-    """CPUs with which CRF and encoding keep up with the GPUs' CAMs."""
+    """CPUs for the CRF with which it keeps up with the GPUs' CAMs."""
     cpu = labelling_bounds(wanted)["cpu"]
     gpu = labelling_bounds(wanted)["gpu"]
-    return math.ceil(wanted.cpus * cpu / gpu - 1e-9) if cpu is not None and gpu else None
+    return math.ceil(_crf_cpus(wanted) * cpu / gpu - 1e-9) if cpu is not None and gpu else None
 
 
 def _cost(wanted: Wanted, hours: float | None) -> float | None:

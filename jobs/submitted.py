@@ -14,6 +14,7 @@ from typing import Any
 from dfa.config import Config
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, by this name, in the entry points of submitted jobs alone
+_CODE = Path(__file__).resolve().parents[1]
 _WRITTEN = ("run", "data.output", "label.output", "predict.output", "analyze.output", "blocks.output")
 _READ = (
     "data.root",
@@ -48,13 +49,25 @@ def absolute_paths(config: Config, *, kept: Sequence[str]) -> Config:
         value = getattr(section, key)
         if not value or _is_absolute(value):
             continue
-        if name in kept and is_submitted():
-            raise ValueError(
-                f"{name}={value} is relative, and this job was submitted: its working directory is a copy that Ray deletes"
-                " after the job; give an absolute path that all nodes share, or an address such as s3://bucket/folder"
-            )
+        if name in kept:
+            refuse_lost(name, value)
         setattr(section, key, str(Path(value).absolute()))
     return config
+
+
+def refuse_lost(name: str, value: str | Path) -> None:
+    """What a submitted job writes to `value`, which `name` gave, must outlive the copy that the job runs in.
+
+    Raises:
+        ValueError: this job was submitted, and `value` is relative or lies in the copy, as defaults beside the code do.
+    """
+    inside = "://" not in str(value) and Path(value).is_relative_to(_CODE)
+    if is_submitted() and (inside or not _is_absolute(str(value))):
+        raise ValueError(
+            f"{name}={value} {'lies beside the code' if inside else 'is relative'}, and this job was submitted: its working"
+            " directory is a copy that Ray deletes after the job; give an absolute path that all nodes share, or an address"
+            " such as s3://bucket/folder"
+        )
 
 
 def _is_absolute(value: str) -> bool:

@@ -5,6 +5,8 @@ KubeRay's own fields are held against the names of its published API reference: 
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,6 +153,7 @@ def test_pods_are_what_kubernetes_knows_and_share_storage_and_memory(name):
             == read("kuberay/storage.yaml")["metadata"]["name"]
         )
         assert container["resources"]["limits"] == container["resources"]["requests"]  # Ray counts limits
+        assert pod["securityContext"]["fsGroup"] == 100  # of the image's user; a new volume is root's
 
 
 def test_the_claim_is_what_kubernetes_knows_and_many_pods_may_write():
@@ -169,27 +172,59 @@ def test_the_pools_are_gpus_and_cpus_for_the_crf_on_spot_nodes(name):
     quoted = pools["crf"]["rayStartParams"]["resources"]  # KubeRay puts it on a shell's command line
     assert json.loads(json.loads(quoted)) == {"crf": 1}
     assert all("spot" in str(group["template"]["spec"]["tolerations"]) for group in pools.values())
-    assert pools["gpu"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    pod = pools["gpu"]["template"]["spec"]
+    given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    drained = int(given["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])  # without it Ray ends a node's work after 30 s
+    assert 60 <= drained < pod["terminationGracePeriodSeconds"]
 
 
 def test_job_and_cluster_describe_the_same_cluster():
     assert cluster_spec("kuberay/rayjob.yaml") == cluster_spec("kuberay/raycluster.yaml")
 
 
-def entry_points() -> list[str]:
-    return [read("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+def commands() -> list[list[str]]:
+    """`JOB CONF key=value ...` of each command that submits a job: of the RayJob, and as the pages have them."""
+    lines = [read("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    for page in (CLUSTER / "README.md", CLUSTER.parent / "README.md"):
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines += [line for line in block.splitlines() if line.startswith(("ray job submit", "sbatch"))]
+    found = []
+    for line in lines:
+        words = shlex.split(line.replace("$SHARED", "/mnt/shared"), comments=True)
+        first = next(number for number, word in enumerate(words) if word.startswith("jobs."))
+        assert words[first - 1] in ("-m", "cluster/slurm.sh"), line
+        found.append(words[first:])
+    return found
 
 
-@pytest.mark.parametrize("entrypoint", entry_points())
-def test_the_commands_name_jobs_configurations_and_keys_that_exist(entrypoint):
-    python, module, job, name, *overrides = entrypoint.split()
-    assert (python, module) == ("python", "-m")
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_name_jobs_configurations_and_keys_that_exist(command):
+    job, name, *overrides = command
     assert (CLUSTER.parent / f"{job.replace('.', '/')}.py").is_file()
     loaded = load(name, overrides)
-    assert Path(loaded.run).is_absolute() and Path(loaded.shards.train).is_absolute()
+    paths = {loaded.run, loaded.shards.train, loaded.shards.val if job == "jobs.train" else ""}
+    for path in paths - {""}:  # what the configurations have is relative: it would be a copy's, on one node
+        assert "://" in path or Path(path).is_absolute(), path
+
+
+def test_the_pages_submit_jobs_in_every_way():
+    assert [command[0] for command in commands()].count("jobs.train") >= 3
+    assert len(commands()) >= 6
+
+
+def test_the_training_of_the_rayjob_has_room_at_its_start():
+    _, name, *overrides = commands()[0]
+    loaded = load(name, overrides)
     pools = {group["groupName"]: group for group in cluster_spec("kuberay/rayjob.yaml")["workerGroupSpecs"]}
     fewest = getattr(loaded.train, "min_workers", 0) or loaded.train.workers
     assert fewest <= pools["gpu"]["replicas"], "the training would be refused at its start"
+
+
+def test_the_page_asks_for_crf_nodes_only_where_the_cluster_begins_with_some():
+    text = (CLUSTER / "README.md").read_text().partition("## Kubernetes")[2].partition("\n## ")[0]
+    asked = any("label.crf_resource" in line for line in text.splitlines() if line.startswith("ray job submit"))
+    pools = {group["groupName"]: group for group in cluster_spec("kuberay/raycluster.yaml")["workerGroupSpecs"]}
+    assert not asked or pools["crf"]["minReplicas"] > 0  # without a node the job is refused, and asks for none
 
 
 def test_versions_are_the_pinned_one_everywhere():
@@ -210,9 +245,12 @@ def test_the_file_for_ray_up_passes_rays_own_validator():
     validate_config(prepared)
     assert prepared["setup_commands"] == [] == prepared["head_setup_commands"]  # not the defaults, which install Ray
     for command in (prepared["head_start_ray_commands"], prepared["worker_start_ray_commands"]):
-        environment, start, _ = command[-1].partition(" ray start ")
+        environment, start, options = command[-1].partition(" ray start ")
         assert start and "RAY_AUTH_MODE=token" in environment.split()
+        assert "--metrics-export-port=8080" in options.split()  # otherwise each node has a port of its own
     assert prepared["available_node_types"]["crf"]["resources"]["crf"] == 1
+    for name, kind in prepared["available_node_types"].items():  # Ray's default image has a driver too old for CUDA 13
+        assert kind["node_config"].get("ImageId", "").startswith("ami-"), name
 
 
 def test_rays_validator_refuses_a_wrong_file():
@@ -232,6 +270,22 @@ def test_the_slurm_script_is_clean_shell():
     subprocess.run(["bash", "-n", script], check=True)
     checked = subprocess.run([tool("shellcheck"), script], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_a_lost_node_ends_neither_the_slurm_job_nor_the_step_of_the_others():
+    lines = (CLUSTER / "slurm.sh").read_text().replace("\\\n", " ").splitlines()
+    assert "#SBATCH --no-kill" in lines  # of the job alone: each srun needs its own
+    (node,) = (line for line in lines if line.startswith("readonly NODE=("))
+    assert {"srun", "--no-kill", "--kill-on-bad-exit=0"} <= set(node.partition("(")[2].rstrip(")").split())
+    starts = [line.strip() for line in lines if " ray start " in line]
+    assert len(starts) == 2 and all(line.startswith('"${NODE[@]}" ') for line in starts)
+    for line in starts:  # without the dashboard or the address Ray Train's cleaner warns, or finds another cluster
+        assert "--include-dashboard=false" not in line and "env -u" not in line
+
+
+def test_the_steps_of_the_slurm_script_get_the_cpus_of_the_job():
+    text = (CLUSTER / "slurm.sh").read_text()  # srun takes --cpus-per-task from no #SBATCH line
+    assert 0 < text.find("\nexport SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}") < text.index("$(srun ")
 
 
 def test_the_dockerfile_is_clean_and_copies_what_is_there():
@@ -255,3 +309,4 @@ def test_the_runtime_environment_is_one_that_ray_takes():
     RuntimeEnv(**environment | {"working_dir": None})  # a local folder becomes an address when it is uploaded
     assert environment["working_dir"] == "."
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3
+    assert environment["env_vars"]["DFA_COMMIT"] == ""  # or the image's would pass for the commit of what was sent

@@ -12,6 +12,8 @@ import pytest
 
 import jobs
 from dfa.config import load
+from jobs import pretrain
+from jobs.bench import __main__ as bench
 from jobs.submitted import JOB_VARIABLE, absolute_paths, is_submitted
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +69,31 @@ def test_the_shard_job_minds_its_output_alone(submission, tmp_path):
     assert Path(config.run).is_absolute()  # it is not written: no reason to refuse
     with pytest.raises(ValueError, match=r"^data\.output=shards is relative"):
         absolute_paths(load("demo", ["data.output=shards"]), kept=("data.output",))
+
+
+@pytest.mark.usefixtures("submission")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--work=state", "--output={there}/clip.safetensors"], "--work=state is relative, and this job was submitted"),
+        (["--work={there}", "--output=clip.safetensors"], "--output=clip.safetensors is relative"),
+        (["--work={there}"], "tiny_clip.safetensors lies beside the code"),  # the default
+    ],
+)
+def test_a_submitted_pretraining_that_would_lose_what_it_writes_is_refused(given, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *(each.format(there=tmp_path) for each in given)])
+    monkeypatch.setattr(pretrain, "work", lambda *arguments: {"too": "late"})  # hours, should this test ever fail
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        pretrain.main()
+
+
+@pytest.mark.usefixtures("submission")
+@pytest.mark.parametrize("page", [["--page=page.md"], []])
+def test_a_submitted_benchmark_whose_page_would_be_lost_is_refused_before_it_runs(page, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "MODES", ("no_such_mode",))  # its import is what would come next
+    with pytest.raises(SystemExit):
+        bench.main(["no_such_mode", *page])
+    assert f"{'is relative' if page else 'lies beside the code'}, and this job was submitted" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_prints_its_result_and_exits_with_130(capsys):

@@ -25,7 +25,9 @@ from dfa.train.loop import start_ray
 
 def work():
     start_ray()
-    found = {"nodes": len(ray.nodes()), "mode": os.environ["RAY_AUTH_MODE"]}
+    address = ray.remote(lambda: os.environ.get("RAY_ADDRESS"))
+    known = ray.get(address.remote()) == os.environ["RAY_ADDRESS"]
+    found = {"nodes": len(ray.nodes()), "mode": os.environ["RAY_AUTH_MODE"], "workers_know_the_address": known}
     pathlib.Path(os.environ["FOUND"] + ".part").write_text(json.dumps(found))
     os.rename(os.environ["FOUND"] + ".part", os.environ["FOUND"])
     time.sleep(600)
@@ -58,7 +60,8 @@ def test_the_script_starts_all_nodes_and_a_signal_puts_it_back_into_the_queue(tm
     try:
         wait_for(lambda: found.exists() or script.poll() is not None, "the job on both nodes")
         assert found.exists(), log.read_text()
-        assert json.loads(found.read_text()) == {"nodes": 2, "mode": "token"}, log.read_text()
+        expected = {"nodes": 2, "mode": "token", "workers_know_the_address": True}
+        assert json.loads(found.read_text()) == expected, log.read_text()
         script.send_signal(signal.SIGTERM)  # as --signal=B:TERM@120
         assert script.wait(timeout=120) == 130, log.read_text()
         assert calls.read_text().split() == ["requeue", str(os.getpid())]

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+COMMIT_VARIABLE = "DFA_COMMIT"
 _PACKAGES = ("torch", "ray", "deepspeed", "open_clip_torch", "pydensecrf2", "webdataset", "pyarrow", "numpy")
 
 
@@ -26,12 +27,17 @@ def versions() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Commit of the git checkout that this package lies in, and whether tracked files differ from it; None where it was
-    installed or sent without one."""
+    """Commit of the git checkout that this package lies in, and whether tracked files differ from it.
+
+    Images and what `ray job submit` sends come without .git: there it is the commit that DFA_COMMIT names, and whether files
+    differ is not known. None: nobody said.
+    """
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if commit is None or changed is None else bool(changed)}
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.bench.measure import hardware, section_text, write_section
+from jobs.submitted import refuse_lost
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
 MODES = (
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.repeats is not None and chosen.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {chosen.repeats}")
+    try:
+        refuse_lost("--page", chosen.page)
+    except ValueError as error:
+        parser.error(str(error))
     # Read when numpy and torch are first imported, which is why modes import them and this module does not.
     if chosen.mode in _ONE_THREAD:
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
