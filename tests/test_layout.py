@@ -23,7 +23,7 @@ DOORS = {
         "dfa/train/loop",
         "jobs/",
     },
-    "deepspeed": {"dfa/train/engine"},
+    "deepspeed": {"dfa/train/engine", "dfa/train/lean_deepspeed"},
     "open_clip": {"dfa/clip", "dfa/world/pretrain", "jobs/bench/features"},
     "timm": {"dfa/clip/second"},
     "webdataset": {"dfa/data/shards", "jobs/bench/contenders"},
