@@ -11,9 +11,9 @@ Offline pseudo-labels are the one thing beside: they are those that lie there wh
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 Block = Any
 Columns = dict[str, npt.NDArray[Any]]
+T = TypeVar("T")
 
 BLOCK_BYTES = 8 * 2**20
 FILLER = "filler"
 RETRY_PAUSES_S = (0.5, 2.0, 8.0)
-"""Before a shard is read again whose disk or store failed."""
+"""Before a shard, of images or of labels, is read again whose disk or store failed."""
 
 
 @dataclass(frozen=True)
@@ -162,28 +163,12 @@ class Reader:
 
     def blocks(self, epoch: int, rows: npt.NDArray[np.int32], to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Read the shard once, then decode these rows in this order, one bounded block at a time."""
-        raws = self._read(set(rows.tolist()))
+        raws = {raw.row: raw for raw in read_rows(self.path, rows.tolist())}
         labels = self._labels({raw.key for raw in raws.values()})
         step = max(1, BLOCK_BYTES // self.row_bytes)
         for start in range(0, len(rows), step):
             part = [raws.pop(int(row)) for row in rows[start : start + step]]
             yield to_block(_stack([self._row(epoch, raw, labels.pop(raw.key, None)) for raw in part]))
-
-    def _read(self, rows: set[int]) -> dict[int, RawSample]:
-        """The shard's samples. A disk or store that fails is asked again, with longer pauses; damage is not."""
-        for pause_s in (*RETRY_PAUSES_S, None):
-            try:
-                return {raw.row: raw for raw in read_shard(self.path, wanted=rows)}
-            except (OSError, BrokenShardError) as error:
-                if not _is_transient(error):
-                    raise
-                if pause_s is None:
-                    raise BrokenShardError(
-                        f"{self.path}: given up after {1 + len(RETRY_PAUSES_S)} reads: {error}"
-                    ) from error
-                logger.warning("shard %s is read again in %.1f s: %s", self.path, pause_s, error)
-            time.sleep(pause_s)
-        raise AssertionError("the last turn returns or raises")
 
     def filler(self, num_rows: int, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Rows that stand for no sample, so that every worker gets equally many."""
@@ -191,7 +176,10 @@ class Reader:
 
     def _labels(self, keys: set[str]) -> dict[str, bytes]:
         """Resolved anew for every item, so that a running training sees refreshed labels."""
-        return {} if self.labels is None else self.labels.masks(self.path.rsplit("/", 1)[-1], keys)
+        if (labels := self.labels) is None:
+            return {}
+        shard = self.path.rsplit("/", 1)[-1]
+        return dict(_patiently(f"label shard {shard} of {labels.root}", lambda: labels.masks(shard, keys).items()))
 
     def _row(self, epoch: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
         sample = self.offset + raw.row
@@ -238,6 +226,40 @@ class Reader:
             row["mask"] = np.full((size, size), void_label(self.num_classes), label_dtype(self.num_classes))
         row |= {"given": np.False_} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
+
+
+def read_rows(path: str, rows: Collection[int]) -> Iterator[RawSample]:
+    """`read_shard`, patient: where a disk or store fails, the rows that did not come yet are asked for again.
+
+    Raises:
+        BrokenShardError: damage, at once; a failure that stays, after the last of the pauses.
+    """
+    left = set(rows)
+
+    def rest() -> Iterator[RawSample]:
+        for raw in read_shard(path, wanted=left):
+            left.remove(raw.row)
+            yield raw
+
+    return _patiently(path, rest)
+
+
+def _patiently(what: str, read: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """What `read` gives. A disk or store that fails is asked again, with longer pauses; damage is not.
+
+    `read` gives in each call what it did not give before it failed.
+    """
+    for pause_s in (*RETRY_PAUSES_S, None):
+        try:
+            yield from read()
+            return
+        except (OSError, BrokenShardError) as error:
+            if not _is_transient(error):
+                raise
+            if pause_s is None:
+                raise BrokenShardError(f"{what}: given up after {1 + len(RETRY_PAUSES_S)} reads: {error}") from error
+            logger.warning("%s is read again in %.1f s: %s", what, pause_s, error)
+        time.sleep(pause_s)
 
 
 def _is_transient(error: BaseException | None) -> bool:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
-from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, remaining_items, shard_offsets
-from dfa.data.shards import RawSample, ShardIndex, read_shard
+from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, read_rows, remaining_items, shard_offsets
+from dfa.data.shards import RawSample, ShardIndex
 from dfa.data.transforms import decode_mask, decode_rgb
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ def eval_batches(
 
     Raises:
         ValueError: a sample has no mask.
+        BrokenShardError: a shard that cannot be read; it is named.
     """
     pending: list[tuple[RawSample, int, Array, Array]] = []
     for raw, sample in _rank_rows(index, rank=rank, world=world, limit=limit):
@@ -260,7 +261,7 @@ def _rank_rows(index: ShardIndex, *, rank: int, world: int, limit: int | None) -
         first = offset + (rank - offset) % world
         wanted = range(first - offset, min(shard.num_samples, stop - offset), world)
         if len(wanted):
-            yield from ((raw, offset + raw.row) for raw in read_shard(index.path(shard.name), wanted=wanted))
+            yield from ((raw, offset + raw.row) for raw in read_rows(index.path(shard.name), wanted))
 
 
 def _eval_batch(pending: Sequence[tuple[RawSample, int, Array, Array]], num_classes: int) -> Batch:

@@ -1,6 +1,9 @@
 """The stream's content is a function of (seed, epoch, key) alone, and nothing is lost between shards and batches."""
 
+import errno
 import hashlib
+import io
+import os
 import re
 import shutil
 import threading
@@ -300,3 +303,79 @@ def test_a_shard_that_stays_unreadable_is_given_up_by_name(tmp_path: Path, monke
     reader = Reader(str(tmp_path / "shard.tar"), 0, 3, 5, CROP, False)
     with pytest.raises(BrokenShardError, match=r"shard\.tar: given up after 3 reads: .*Is a directory"):
         list(reader.blocks(0, np.arange(7, dtype=np.int32), dict))
+
+
+class FailingDisk:
+    """Opens files for the storage; of the `name` each of the first `failures` openings ends in EIO half way."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, name: str, failures: int) -> None:
+        self.name, self.failures = name, failures
+        patch.setattr("dfa.data.storage.open", self.open, raising=False)
+        patch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.01, 0.01))
+
+    def open(self, path: str, mode: str) -> Any:
+        if not path.endswith(self.name) or not self.failures:
+            return open(path, mode)
+        self.failures -= 1
+        half = os.path.getsize(path) // 2
+
+        class Failing(io.FileIO):
+            def readinto(self, buffer: Any) -> int:
+                if self.tell() > half:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+                return super().readinto(buffer) or 0
+
+            def readall(self) -> bytes:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+        return io.BufferedReader(Failing(path), 512)
+
+
+def validated(index: ShardIndex) -> list[tuple[int, str]]:
+    batches = eval_batches(index, rank=0, world=1, batch_size=3, max_pixels=10**6)
+    return [row for batch in batches for row in zip(batch.sample_B.tolist(), batch.keys, strict=True)]
+
+
+def test_validation_goes_on_where_the_disk_failed(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = validated(index)
+    assert [sample for sample, _ in whole] == list(range(23))
+    disk = FailingDisk(monkeypatch, index.shards[1].name, failures=2)
+    assert validated(index) == whole
+    assert disk.failures == 0
+    disk.failures = 3
+    with pytest.raises(
+        BrokenShardError, match=r"shard-000001\.tar: given up after 3 reads: .* after key .*Input/output"
+    ):
+        validated(index)
+
+
+def test_labels_are_read_again_where_the_disk_failed(
+    blocks: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_labels(tmp_path / "labels", blocks, true_masks(blocks))
+    (whole,) = read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+    for name in ("shard-000001.tar", "index.json"):
+        disk = FailingDisk(monkeypatch, f"{root}/{name}", failures=2)
+        (columns,) = read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+        assert disk.failures == 0
+        assert columns["given"].all() and (columns["mask"] == whole["mask"]).all()
+    assert f"label shard shard-000001.tar of {root} is read again in" in caplog.text
+    FailingDisk(monkeypatch, f"{root}/shard-000001.tar", failures=3)
+    with pytest.raises(BrokenShardError, match=rf"of {root}: given up after 3 reads: .*Input/output error"):
+        read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+
+
+@pytest.mark.parametrize("of", ["images", "labels"])
+def test_damage_is_not_read_again(
+    blocks: ShardIndex, tmp_path: Path, of: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(blocks.root, tmp_path / "images")
+    write_labels(tmp_path / "labels", blocks, true_masks(blocks))
+    cut, index = tmp_path / of / "shard-000001.tar", load_index(str(tmp_path / "images"))
+    cut.write_bytes(cut.read_bytes()[:3000])
+    with pytest.raises(BrokenShardError, match=rf"{cut} cannot be read after"):
+        read(index, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", index))
+    if of == "images":
+        with pytest.raises(BrokenShardError, match=rf"{cut} cannot be read after"):
+            validated(index)
+    assert "read again" not in caplog.text
