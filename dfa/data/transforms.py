@@ -194,7 +194,7 @@ class Augmented:
     """A square training crop of side S.
 
     Attributes:
-        image: uint8 (S, S, 3).
+        image: uint8 (S, S, 3), in memory one plane a colour: as (3, S, S), the form of training, it is contiguous.
         valid: bool (S, S), False on padding.
         mask: (S, S) with void on padding, or None when the sample has no mask.
     """
@@ -263,28 +263,42 @@ def augment(
     scale = low + (high - low) * scale_draw
     scaled_height, scaled_width = max(1, round(height * scale)), max(1, round(width * scale))
     y, x = _window(scaled_height, size, y_draw), _window(scaled_width, size, x_draw)
+    is_flipped = flip_draw < flip_probability
+    left = size - x.target - x.count if is_flipped else x.target
+    inside = (slice(y.target, y.target + y.count), slice(left, left + x.count))
 
-    image = np.empty((size, size, 3), np.uint8)
-    image[:] = pad_color
-    valid = np.zeros((size, size), bool)
-    inside = (slice(y.target, y.target + y.count), slice(x.target, x.target + x.count))
     step_y, step_x = height / scaled_height, width / scaled_width
     box = (x.source * step_x, y.source * step_y, (x.source + x.count) * step_x, (y.source + y.count) * step_y)
     # PIL's filter reads beyond the box where the image has pixels, so that a box equals resize-then-crop.
     box = (box[0], box[1], min(box[2], width), min(box[3], height))
-    image[inside] = np.asarray(
-        Image.fromarray(image_HW3).resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
-    )
+    resized = Image.fromarray(image_HW3).resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
+    pixels = _pixels(resized)
+    crop = _padded(pixels[:, ::-1] if is_flipped else pixels, inside, size=size, pad_color=pad_color)
+    valid = np.zeros((size, size), bool)
     valid[inside] = True
     mask = None
     if mask_HW is not None:
         mask = np.full((size, size), np.iinfo(mask_HW.dtype).max, mask_HW.dtype)
         rows, columns = _nearest_index(y, scaled_height, height), _nearest_index(x, scaled_width, width)
-        mask[inside] = mask_HW[rows[:, None], columns[None, :]]
-    if flip_draw < flip_probability:
-        image, valid = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(valid[:, ::-1])
-        mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
-    return Augmented(image, valid, mask)
+        mask[inside] = mask_HW[rows][:, columns[::-1] if is_flipped else columns]
+    return Augmented(crop, valid, mask)
+
+
+def _pixels(image: Image.Image) -> UInt8Array:
+    """Pixels (H, W, 3) of an RGB picture: a view of PIL's own four bytes a pixel, which take a tenth of the time."""
+    pixels_HW4 = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(image.height, image.width, 4)
+    return pixels_HW4[..., :3]
+
+
+def _padded(
+    pixels_HW3: UInt8Array, inside: tuple[slice, slice], *, size: int, pad_color: tuple[int, int, int]
+) -> UInt8Array:
+    """Put pixels `inside` a crop (S, S, 3) that lies in memory as (3, S, S): so padding and flips cost next to nothing."""
+    crop_3SS = np.empty((3, size, size), np.uint8)
+    if pixels_HW3.shape[:2] != (size, size):
+        crop_3SS[:] = np.array(pad_color, np.uint8)[:, None, None]
+    crop_3SS[:, *inside] = pixels_HW3.transpose(2, 0, 1)
+    return crop_3SS.transpose(1, 2, 0)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def test_the_crop_equals_scaling_everything_and_cropping(seed):
     settings = {"size": 64, "scale_range": (0.5, 2.0), "flip_probability": 0.5}
     got = augment(image, mask, **settings, rng=sample_rng(0, seed, "a"))
     picture, labels, valid = plain_augment(image, mask, *settings.values(), sample_rng(0, seed, "a"))
+    assert got.image.transpose(2, 0, 1).flags.c_contiguous  # stacked as it is, without another copy
     np.testing.assert_array_equal(got.valid, valid)
     np.testing.assert_array_equal(got.mask, labels)
     # PIL keeps the box in float32: a weight may round the other way, hence one grey level.
