@@ -24,7 +24,7 @@ from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, read_shard
 from dfa.data.storage import StoreError
-from dfa.data.transforms import LabelArray, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
+from dfa.data.transforms import Augmented, LabelArray, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Reader:
     @property
     def row_bytes(self) -> int:
         mask_bytes = np.dtype(label_dtype(self.num_classes)).itemsize if self._has_mask else 0
-        return self.crop.size**2 * (4 + mask_bytes) + self.num_classes + 64
+        return self.crop.size**2 * (3 + mask_bytes) + self.num_classes + 80
 
     @property
     def _has_mask(self) -> bool:
@@ -172,7 +172,7 @@ class Reader:
 
     def filler(self, num_rows: int, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Rows that stand for no sample, so that every worker gets equally many."""
-        yield to_block(_stack([self._blank(0, -1, "", FILLER)] * num_rows))
+        yield to_block(_stack([self._record(0, -1, "", reject=FILLER)] * num_rows))
 
     def _labels(self, keys: set[str]) -> dict[str, bytes]:
         """Resolved anew for every item, so that a running training sees refreshed labels."""
@@ -187,10 +187,9 @@ class Reader:
             return self._decode(epoch, sample, raw, label)
         except ValueError as error:
             logger.warning("sample %s of %s is left out: %s", raw.key, self.path, error)
-            return self._blank(epoch, sample, raw.key, str(error) or "unreadable")
+            return self._record(epoch, sample, raw.key, reject=str(error) or "unreadable")
 
     def _decode(self, epoch: int, sample: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
-        row = self._blank(epoch, sample, raw.key, "")
         if raw.labels and raw.labels[-1] > self.num_classes:
             raise ValueError(f"label {raw.labels[-1]} of a data set with {self.num_classes} classes")
         if self.with_masks and raw.mask is None:
@@ -200,7 +199,6 @@ class Reader:
             mask = decode_mask(data, max_pixels=self.crop.max_pixels)
         if label is not None and mask is not None:
             _check_label(mask, image, self.num_classes)
-            row["given"] = np.True_
         crop = augment(
             image,
             mask,
@@ -209,22 +207,33 @@ class Reader:
             flip_probability=self.crop.flip_probability,
             rng=sample_rng(self.seed, epoch, raw.key),
         )
-        row["image"], row["valid"] = crop.image.transpose(2, 0, 1), crop.valid
-        row["labels"][[c - 1 for c in raw.labels]] = True
-        if crop.mask is not None:
-            row["mask"] = crop.mask
-        return row
+        return self._record(epoch, sample, raw.key, crop=crop, classes=raw.labels)
 
-    def _blank(self, epoch: int, sample: int, key: str, reject: str) -> dict[str, Any]:
-        size = self.crop.size
+    def _record(
+        self,
+        epoch: int,
+        sample: int,
+        key: str,
+        *,
+        crop: Augmented | None = None,
+        classes: Sequence[int] = (),
+        reject: str = "",
+    ) -> dict[str, Any]:
+        """One row. `window` is the part of the crop that shows the picture (see `Augmented`): a map of it would be as large
+        as a label. Without a crop all is blank: it stands for a sample that cannot be read, or for none.
+        """
+        size, mask = self.crop.size, None if crop is None else crop.mask
+        labels = np.zeros(self.num_classes, bool)
+        labels[[c - 1 for c in classes]] = True
         row = {
-            "image": np.zeros((3, size, size), np.uint8),
-            "valid": np.zeros((size, size), bool),
-            "labels": np.zeros(self.num_classes, bool),
+            "image": np.zeros((3, size, size), np.uint8) if crop is None else crop.image.transpose(2, 0, 1),
+            "window": np.array((0, 0, 0, 0) if crop is None else crop.window, np.int32),
+            "labels": labels,
         }
         if self._has_mask:
-            row["mask"] = np.full((size, size), void_label(self.num_classes), label_dtype(self.num_classes))
-        row |= {"given": np.False_} if self.labels is not None else {}
+            void = void_label(self.num_classes)
+            row["mask"] = np.full((size, size), void, label_dtype(self.num_classes)) if mask is None else mask
+        row |= {"given": np.bool_(mask is not None)} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
 
 

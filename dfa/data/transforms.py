@@ -195,13 +195,21 @@ class Augmented:
 
     Attributes:
         image: uint8 (S, S, 3), in memory one plane a colour: as (3, S, S), the form of training, it is contiguous.
-        valid: bool (S, S), False on padding.
+        window: top, bottom, left and right end (exclusive) of the part that shows the picture; the rest is padding.
         mask: (S, S) with void on padding, or None when the sample has no mask.
     """
 
     image: UInt8Array
-    valid: BoolArray
+    window: tuple[int, int, int, int]
     mask: LabelArray | None
+
+    @property
+    def valid(self) -> BoolArray:
+        """Bool (S, S), False on padding."""
+        top, bottom, left, right = self.window
+        valid = np.zeros(self.image.shape[:2], bool)
+        valid[top:bottom, left:right] = True
+        return valid
 
 
 @dataclass(frozen=True)
@@ -248,7 +256,7 @@ def augment(
         scale_range: smallest and largest scale factor, drawn uniformly.
         flip_probability: chance of a horizontal flip.
         rng: from `sample_rng`.
-        pad_color: RGB of padded pixels (they are also marked in `valid`).
+        pad_color: RGB of padded pixels (they are also outside `window`).
 
     Raises:
         ValueError: mask of another size than the image, or settings out of range.
@@ -265,7 +273,8 @@ def augment(
     y, x = _window(scaled_height, size, y_draw), _window(scaled_width, size, x_draw)
     is_flipped = flip_draw < flip_probability
     left = size - x.target - x.count if is_flipped else x.target
-    inside = (slice(y.target, y.target + y.count), slice(left, left + x.count))
+    window = (y.target, y.target + y.count, left, left + x.count)
+    inside = (slice(*window[:2]), slice(*window[2:]))
 
     step_y, step_x = height / scaled_height, width / scaled_width
     box = (x.source * step_x, y.source * step_y, (x.source + x.count) * step_x, (y.source + y.count) * step_y)
@@ -274,14 +283,12 @@ def augment(
     resized = Image.fromarray(image_HW3).resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
     pixels = _pixels(resized)
     crop = _padded(pixels[:, ::-1] if is_flipped else pixels, inside, size=size, pad_color=pad_color)
-    valid = np.zeros((size, size), bool)
-    valid[inside] = True
     mask = None
     if mask_HW is not None:
         mask = np.full((size, size), np.iinfo(mask_HW.dtype).max, mask_HW.dtype)
         rows, columns = _nearest_index(y, scaled_height, height), _nearest_index(x, scaled_width, width)
         mask[inside] = mask_HW[rows][:, columns[::-1] if is_flipped else columns]
-    return Augmented(crop, valid, mask)
+    return Augmented(crop, window, mask)
 
 
 def _pixels(image: Image.Image) -> UInt8Array:

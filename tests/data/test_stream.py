@@ -145,7 +145,7 @@ def test_rows_come_in_the_order_of_the_item(index: ShardIndex) -> None:
 
 
 def test_blocks_are_bounded_in_bytes(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfa.data.reading.BLOCK_BYTES", 2000)  # three rows of 12 x 12 x 4 bytes
+    monkeypatch.setattr("dfa.data.reading.BLOCK_BYTES", 2000)  # three rows of 12 x 12 x 3 bytes and their notes
     blocks = read(index, 0, list(range(7)))
     assert [len(block["key"]) for block in blocks] == [3, 3, 1]
 
@@ -186,10 +186,27 @@ def test_a_label_is_cropped_with_its_image_as_ground_truth_is(
     (true,) = read(blocks, 0, [2, 0, 1, 3], crop=crop, with_masks=True)
     assert labelled["given"].tolist() == [True] * 4
     assert {name for name in true if not (true[name] == labelled[name]).all()} == set()
-    assert (labelled["mask"][~labelled["valid"]] == 255).all()
+    valid = to_batch(labelled).valid_BHW.numpy()
+    assert (labelled["mask"][~valid] == 255).all()
     if scale_range == (1.0, 1.0):  # no pixel is a mixture: the image says what its label must be
-        assert (labelled["mask"] == labelled["image"][:, 0] // 60)[labelled["valid"]].all()
-    assert 0 < labelled["valid"].mean() < 1
+        assert (labelled["mask"] == labelled["image"][:, 0] // 60)[valid].all()
+    assert 0 < valid.mean() < 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_filler", [0, 2])
+def test_padding_is_invalid_and_tensors_are_writable(blocks: ShardIndex, num_filler: int) -> None:
+    crop = CropSettings(size=32, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
+    (columns,) = read(blocks, 0, [2, 0, 1, 3], crop=crop)
+    if num_filler:
+        (filler,) = Reader("", 0, 3, 5, crop, False).filler(num_filler, dict)
+        columns = {name: np.concatenate([column, filler[name]]) for name, column in columns.items()}
+    for column in columns.values():
+        column.setflags(write=False)  # as Ray may give them: torch warns
+    batch = to_batch(columns)
+    grey = (batch.image_B3HW[:, 0] == batch.image_B3HW[:, 1]).numpy()  # pictures are, padding is not
+    assert (batch.valid_BHW.numpy() == grey).all() and 0 < grey.mean() < 1
+    assert batch.valid_BHW.shape == (4, 32, 32)
 
 
 def test_a_sample_without_a_label_is_void_and_says_so(blocks: ShardIndex, tmp_path: Path) -> None:
@@ -233,7 +250,7 @@ def test_a_refreshed_generation_is_read_at_the_next_item(blocks: ShardIndex, tmp
 
     def classes(epoch: int) -> list[int]:
         (columns,) = reader.blocks(epoch, np.arange(4, dtype=np.int32), dict)
-        return np.unique(columns["mask"][columns["valid"]]).tolist()
+        return np.unique(columns["mask"][to_batch(columns).valid_BHW]).tolist()
 
     assert classes(0) == [255]
     make_current(tmp_path, "step-00000040")
