@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from dfa.core.void import label_dtype, void_label
 from dfa.data.consumed import ConsumedEpoch
@@ -24,7 +25,7 @@ from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, read_shard
 from dfa.data.storage import StoreError
-from dfa.data.transforms import Augmented, LabelArray, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
+from dfa.data.transforms import Augmented, LabelArray, augment, decode_mask, decode_picture, sample_rng
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class Reader:
             raise ValueError(f"label {raw.labels[-1]} of a data set with {self.num_classes} classes")
         if self.with_masks and raw.mask is None:
             raise ValueError("masks were asked for and the sample has none")
-        image, mask = decode_rgb(raw.image, max_pixels=self.crop.max_pixels), None
+        image, mask = decode_picture(raw.image, max_pixels=self.crop.max_pixels), None
         if (data := raw.mask if self.with_masks else label) is not None:
             mask = decode_mask(data, max_pixels=self.crop.max_pixels)
         if label is not None and mask is not None:
@@ -282,7 +283,7 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _check_label(label_HW: LabelArray, image_HW3: UInt8Array, num_classes: int) -> None:
-    if label_HW.shape != image_HW3.shape[:2]:
-        raise ValueError(f"pseudo-label is {label_HW.shape}, image is {image_HW3.shape[:2]} (height, width)")
+def _check_label(label_HW: LabelArray, image: Image.Image, num_classes: int) -> None:
+    if label_HW.shape != (image.height, image.width):
+        raise ValueError(f"pseudo-label is {label_HW.shape}, image is {(image.height, image.width)} (height, width)")
     check_mask_values(label_HW, num_classes=num_classes, where="pseudo-label")

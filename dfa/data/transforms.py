@@ -114,11 +114,20 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
     Raises:
         ValueError: another format, too many pixels, truncated or broken data.
     """
-    return rgb_pixels(_open(io.BytesIO(data), max_pixels=max_pixels), max_pixels=max_pixels)
+    return np.array(decode_picture(data, max_pixels=max_pixels))
+
+
+def decode_picture(data: bytes, *, max_pixels: int) -> Image.Image:
+    """`decode_rgb` as PIL has it: what is resized next need not be made an array and a picture again."""
+    return _rgb(_open(io.BytesIO(data), max_pixels=max_pixels), max_pixels=max_pixels)
 
 
 def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
     """Return the pixels of an opened picture, uint8 (H, W, 3), converted as in `decode_rgb` and with its errors."""
+    return np.array(_rgb(image, max_pixels=max_pixels))
+
+
+def _rgb(image: Image.Image, *, max_pixels: int) -> Image.Image:
     _check_size(image, max_pixels)
     image = _load(image)
     if image.mode.startswith("I"):
@@ -131,7 +140,7 @@ def rgb_pixels(image: Image.Image, *, max_pixels: int) -> UInt8Array:
     if "transparency" in image.info:
         image = image.copy()  # the caller's stays as it is
         del image.info["transparency"]  # PIL warns of what it means for a palette
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> LabelArray:
@@ -234,7 +243,7 @@ def _nearest_index(window: _Window, scaled: int, original: int) -> npt.NDArray[n
 
 
 def augment(
-    image_HW3: UInt8Array,
+    image: Image.Image,
     mask_HW: LabelArray | None,
     *,
     size: int,
@@ -250,7 +259,7 @@ def augment(
     of draws from `rng` is always four, whatever they decide.
 
     Args:
-        image_HW3: uint8 (H, W, 3).
+        image: RGB, from `decode_picture`.
         mask_HW: (H, W) of class indices, or None.
         size: side S of the crop in pixels.
         scale_range: smallest and largest scale factor, drawn uniformly.
@@ -261,7 +270,7 @@ def augment(
     Raises:
         ValueError: mask of another size than the image, or settings out of range.
     """
-    height, width = image_HW3.shape[:2]
+    width, height = image.size
     if mask_HW is not None and mask_HW.shape != (height, width):
         raise ValueError(f"mask is {mask_HW.shape}, image is {(height, width)} (height, width)")
     low, high = scale_range
@@ -280,7 +289,7 @@ def augment(
     box = (x.source * step_x, y.source * step_y, (x.source + x.count) * step_x, (y.source + y.count) * step_y)
     # PIL's filter reads beyond the box where the image has pixels, so that a box equals resize-then-crop.
     box = (box[0], box[1], min(box[2], width), min(box[3], height))
-    resized = Image.fromarray(image_HW3).resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
+    resized = image.resize((x.count, y.count), Image.Resampling.BILINEAR, box=box)
     pixels = _pixels(resized)
     crop = _padded(pixels[:, ::-1] if is_flipped else pixels, inside, size=size, pad_color=pad_color)
     mask = None
