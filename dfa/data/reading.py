@@ -20,11 +20,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from dfa.core.void import label_dtype, void_label
+from dfa.data import storage
 from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, read_shard
-from dfa.data.storage import StoreError
 from dfa.data.transforms import Augmented, LabelArray, augment, decode_mask, decode_picture, sample_rng
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class Reader:
         """Resolved anew for every item, so that a running training sees refreshed labels."""
         if (labels := self.labels) is None:
             return {}
-        shard = self.path.rsplit("/", 1)[-1]
+        shard = storage.base_name(self.path)
         return dict(_patiently(f"label shard {shard} of {labels.root}", lambda: labels.masks(shard, keys).items()))
 
     def _row(self, epoch: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _patiently(what: str, read: Callable[[], Iterable[T]]) -> Iterator[T]:
 
 def _is_transient(error: BaseException | None) -> bool:
     """Tell a failure of the disk, store or network from a shard that is absent or damaged, or a wrong address."""
-    if isinstance(error, BrokenShardError | StoreError):
+    if isinstance(error, BrokenShardError | storage.StoreError):
         return _is_transient(error.__cause__)
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
