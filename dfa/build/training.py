@@ -227,7 +227,7 @@ def _window_bytes(config: Config, shards: ShardIndex, labels: str | None) -> int
     """
     if labels is None or resolve(labels) == labels:
         return LoopPlan.window_bytes
-    epoch_bytes = shards.num_samples * config.crop.size**2 * 5  # RGB, valid and label
+    epoch_bytes = shards.num_samples * config.crop.size**2 * 4  # RGB and label
     return min(LoopPlan.window_bytes, max(_SMALLEST_WINDOW_BYTES, epoch_bytes // 2))
 
 

@@ -11,30 +11,32 @@ Offline pseudo-labels are the one thing beside: they are those that lie there wh
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from dfa.core.void import label_dtype, void_label
+from dfa.data import storage
 from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, read_shard
-from dfa.data.storage import StoreError
-from dfa.data.transforms import LabelArray, UInt8Array, augment, decode_mask, decode_rgb, sample_rng
+from dfa.data.transforms import Augmented, LabelArray, augment, decode_mask, decode_picture, sample_rng
 
 logger = logging.getLogger(__name__)
 
 Block = Any
 Columns = dict[str, npt.NDArray[Any]]
+T = TypeVar("T")
 
 BLOCK_BYTES = 8 * 2**20
 FILLER = "filler"
 RETRY_PAUSES_S = (0.5, 2.0, 8.0)
-"""Before a shard is read again whose disk or store failed."""
+"""Before a shard, of images or of labels, is read again whose disk or store failed."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Reader:
     @property
     def row_bytes(self) -> int:
         mask_bytes = np.dtype(label_dtype(self.num_classes)).itemsize if self._has_mask else 0
-        return self.crop.size**2 * (4 + mask_bytes) + self.num_classes + 64
+        return self.crop.size**2 * (3 + mask_bytes) + self.num_classes + 80
 
     @property
     def _has_mask(self) -> bool:
@@ -162,36 +164,23 @@ class Reader:
 
     def blocks(self, epoch: int, rows: npt.NDArray[np.int32], to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Read the shard once, then decode these rows in this order, one bounded block at a time."""
-        raws = self._read(set(rows.tolist()))
+        raws = {raw.row: raw for raw in read_rows(self.path, rows.tolist())}
         labels = self._labels({raw.key for raw in raws.values()})
         step = max(1, BLOCK_BYTES // self.row_bytes)
         for start in range(0, len(rows), step):
             part = [raws.pop(int(row)) for row in rows[start : start + step]]
             yield to_block(_stack([self._row(epoch, raw, labels.pop(raw.key, None)) for raw in part]))
 
-    def _read(self, rows: set[int]) -> dict[int, RawSample]:
-        """The shard's samples. A disk or store that fails is asked again, with longer pauses; damage is not."""
-        for pause_s in (*RETRY_PAUSES_S, None):
-            try:
-                return {raw.row: raw for raw in read_shard(self.path, wanted=rows)}
-            except (OSError, BrokenShardError) as error:
-                if not _is_transient(error):
-                    raise
-                if pause_s is None:
-                    raise BrokenShardError(
-                        f"{self.path}: given up after {1 + len(RETRY_PAUSES_S)} reads: {error}"
-                    ) from error
-                logger.warning("shard %s is read again in %.1f s: %s", self.path, pause_s, error)
-            time.sleep(pause_s)
-        raise AssertionError("the last turn returns or raises")
-
     def filler(self, num_rows: int, to_block: Callable[[Columns], Block]) -> Iterator[Block]:
         """Rows that stand for no sample, so that every worker gets equally many."""
-        yield to_block(_stack([self._blank(0, -1, "", FILLER)] * num_rows))
+        yield to_block(_stack([self._record(0, -1, "", reject=FILLER)] * num_rows))
 
     def _labels(self, keys: set[str]) -> dict[str, bytes]:
         """Resolved anew for every item, so that a running training sees refreshed labels."""
-        return {} if self.labels is None else self.labels.masks(self.path.rsplit("/", 1)[-1], keys)
+        if (labels := self.labels) is None:
+            return {}
+        shard = storage.base_name(self.path)
+        return dict(_patiently(f"label shard {shard} of {labels.root}", lambda: labels.masks(shard, keys).items()))
 
     def _row(self, epoch: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
         sample = self.offset + raw.row
@@ -199,20 +188,18 @@ class Reader:
             return self._decode(epoch, sample, raw, label)
         except ValueError as error:
             logger.warning("sample %s of %s is left out: %s", raw.key, self.path, error)
-            return self._blank(epoch, sample, raw.key, str(error) or "unreadable")
+            return self._record(epoch, sample, raw.key, reject=str(error) or "unreadable")
 
     def _decode(self, epoch: int, sample: int, raw: RawSample, label: bytes | None) -> dict[str, Any]:
-        row = self._blank(epoch, sample, raw.key, "")
         if raw.labels and raw.labels[-1] > self.num_classes:
             raise ValueError(f"label {raw.labels[-1]} of a data set with {self.num_classes} classes")
         if self.with_masks and raw.mask is None:
             raise ValueError("masks were asked for and the sample has none")
-        image, mask = decode_rgb(raw.image, max_pixels=self.crop.max_pixels), None
+        image, mask = decode_picture(raw.image, max_pixels=self.crop.max_pixels), None
         if (data := raw.mask if self.with_masks else label) is not None:
             mask = decode_mask(data, max_pixels=self.crop.max_pixels)
         if label is not None and mask is not None:
             _check_label(mask, image, self.num_classes)
-            row["given"] = np.True_
         crop = augment(
             image,
             mask,
@@ -221,28 +208,73 @@ class Reader:
             flip_probability=self.crop.flip_probability,
             rng=sample_rng(self.seed, epoch, raw.key),
         )
-        row["image"], row["valid"] = crop.image.transpose(2, 0, 1), crop.valid
-        row["labels"][[c - 1 for c in raw.labels]] = True
-        if crop.mask is not None:
-            row["mask"] = crop.mask
-        return row
+        return self._record(epoch, sample, raw.key, crop=crop, classes=raw.labels)
 
-    def _blank(self, epoch: int, sample: int, key: str, reject: str) -> dict[str, Any]:
-        size = self.crop.size
+    def _record(
+        self,
+        epoch: int,
+        sample: int,
+        key: str,
+        *,
+        crop: Augmented | None = None,
+        classes: Sequence[int] = (),
+        reject: str = "",
+    ) -> dict[str, Any]:
+        """One row. `window` is the part of the crop that shows the picture (see `Augmented`): a map of it would be as large
+        as a label. Without a crop all is blank: it stands for a sample that cannot be read, or for none.
+        """
+        size, mask = self.crop.size, None if crop is None else crop.mask
+        labels = np.zeros(self.num_classes, bool)
+        labels[[c - 1 for c in classes]] = True
         row = {
-            "image": np.zeros((3, size, size), np.uint8),
-            "valid": np.zeros((size, size), bool),
-            "labels": np.zeros(self.num_classes, bool),
+            "image": np.zeros((3, size, size), np.uint8) if crop is None else crop.image.transpose(2, 0, 1),
+            "window": np.array((0, 0, 0, 0) if crop is None else crop.window, np.int32),
+            "labels": labels,
         }
         if self._has_mask:
-            row["mask"] = np.full((size, size), void_label(self.num_classes), label_dtype(self.num_classes))
-        row |= {"given": np.False_} if self.labels is not None else {}
+            void = void_label(self.num_classes)
+            row["mask"] = np.full((size, size), void, label_dtype(self.num_classes)) if mask is None else mask
+        row |= {"given": np.bool_(mask is not None)} if self.labels is not None else {}
         return row | {"epoch": np.int64(epoch), "sample": np.int64(sample), "key": key, "reject": reject}
+
+
+def read_rows(path: str, rows: Collection[int]) -> Iterator[RawSample]:
+    """`read_shard`, patient: where a disk or store fails, the rows that did not come yet are asked for again.
+
+    Raises:
+        BrokenShardError: damage, at once; a failure that stays, after the last of the pauses.
+    """
+    left = set(rows)
+
+    def rest() -> Iterator[RawSample]:
+        for raw in read_shard(path, wanted=left):
+            left.remove(raw.row)
+            yield raw
+
+    return _patiently(path, rest)
+
+
+def _patiently(what: str, read: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """What `read` gives. A disk or store that fails is asked again, with longer pauses; damage is not.
+
+    `read` gives in each call what it did not give before it failed.
+    """
+    for pause_s in (*RETRY_PAUSES_S, None):
+        try:
+            yield from read()
+            return
+        except (OSError, BrokenShardError) as error:
+            if not _is_transient(error):
+                raise
+            if pause_s is None:
+                raise BrokenShardError(f"{what}: given up after {1 + len(RETRY_PAUSES_S)} reads: {error}") from error
+            logger.warning("%s is read again in %.1f s: %s", what, pause_s, error)
+        time.sleep(pause_s)
 
 
 def _is_transient(error: BaseException | None) -> bool:
     """Tell a failure of the disk, store or network from a shard that is absent or damaged, or a wrong address."""
-    if isinstance(error, BrokenShardError | StoreError):
+    if isinstance(error, BrokenShardError | storage.StoreError):
         return _is_transient(error.__cause__)
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
@@ -251,7 +283,7 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _check_label(label_HW: LabelArray, image_HW3: UInt8Array, num_classes: int) -> None:
-    if label_HW.shape != image_HW3.shape[:2]:
-        raise ValueError(f"pseudo-label is {label_HW.shape}, image is {image_HW3.shape[:2]} (height, width)")
+def _check_label(label_HW: LabelArray, image: Image.Image, num_classes: int) -> None:
+    if label_HW.shape != (image.height, image.width):
+        raise ValueError(f"pseudo-label is {label_HW.shape}, image is {(image.height, image.width)} (height, width)")
     check_mask_values(label_HW, num_classes=num_classes, where="pseudo-label")

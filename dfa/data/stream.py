@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dfa.data.consumed import ConsumedEpoch
 from dfa.data.offline import OfflineLabels
-from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, remaining_items, shard_offsets
-from dfa.data.shards import RawSample, ShardIndex, read_shard
+from dfa.data.reading import BLOCK_BYTES, FILLER, CropSettings, Item, Reader, read_rows, remaining_items, shard_offsets
+from dfa.data.shards import RawSample, ShardIndex
 from dfa.data.transforms import decode_mask, decode_rgb
 
 logger = logging.getLogger(__name__)
@@ -197,28 +197,42 @@ def iterate(shard: ray.data.DataIterator | ray.data.Dataset, *, batch_size: int,
 
 
 def to_batch(columns: Mapping[str, Array]) -> Batch:
-    """Columns of the stream as a batch; rejected rows and filler are taken out of the tensors."""
+    """Columns of the stream as a batch; rejected rows and filler are taken out of the tensors.
+
+    Columns that are writable belong to the batch from then on: its tensors may share their memory.
+    """
     reject = columns["reject"]
     good = np.flatnonzero(reject == "")
     bad = np.flatnonzero((reject != "") & (reject != FILLER))
 
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(columns[name][good])  # indexing copies: Ray's arrays are read-only
+    def kept(name: str) -> Array:
+        """Indexing copies. With nothing to take out only what Ray gives read-only is copied: tensors are writable."""
+        column = columns[name]
+        return column[good] if len(good) < len(reject) else np.require(column, requirements=["C", "W"])
 
+    image = torch.from_numpy(kept("image"))
     return Batch(
-        image_B3HW=tensor("image"),
-        valid_BHW=tensor("valid"),
-        labels_BC=tensor("labels"),
-        mask_BHW=_mask_tensor(columns["mask"][good]) if "mask" in columns else None,
+        image_B3HW=image,
+        valid_BHW=_valid(kept("window"), *image.shape[2:]),
+        labels_BC=torch.from_numpy(kept("labels")),
+        mask_BHW=_mask_tensor(kept("mask")) if "mask" in columns else None,
         keys=tuple(str(key) for key in columns["key"][good]),
-        epoch_B=tensor("epoch"),
-        sample_B=tensor("sample"),
+        epoch_B=torch.from_numpy(kept("epoch")),
+        sample_B=torch.from_numpy(kept("sample")),
         rejected=tuple(
             ReadReject(int(columns["epoch"][i]), int(columns["sample"][i]), str(columns["key"][i]), str(reject[i]))
             for i in bad
         ),
-        given_B=tensor("given") if "given" in columns else None,
+        given_B=torch.from_numpy(kept("given")) if "given" in columns else None,
     )
+
+
+def _valid(window_B4: Array, height: int, width: int) -> Tensor:
+    """True inside each crop's window, (B, H, W)."""
+    valid_BHW = np.zeros((len(window_B4), height, width), bool)
+    for valid_HW, (top, bottom, left, right) in zip(valid_BHW, window_B4.tolist(), strict=True):
+        valid_HW[top:bottom, left:right] = True
+    return torch.from_numpy(valid_BHW)
 
 
 def _mask_tensor(mask_BHW: Array) -> Tensor:
@@ -236,6 +250,7 @@ def eval_batches(
 
     Raises:
         ValueError: a sample has no mask.
+        BrokenShardError: a shard that cannot be read; it is named.
     """
     pending: list[tuple[RawSample, int, Array, Array]] = []
     for raw, sample in _rank_rows(index, rank=rank, world=world, limit=limit):
@@ -260,7 +275,7 @@ def _rank_rows(index: ShardIndex, *, rank: int, world: int, limit: int | None) -
         first = offset + (rank - offset) % world
         wanted = range(first - offset, min(shard.num_samples, stop - offset), world)
         if len(wanted):
-            yield from ((raw, offset + raw.row) for raw in read_shard(index.path(shard.name), wanted=wanted))
+            yield from ((raw, offset + raw.row) for raw in read_rows(index.path(shard.name), wanted))
 
 
 def _eval_batch(pending: Sequence[tuple[RawSample, int, Array, Array]], num_classes: int) -> Batch:

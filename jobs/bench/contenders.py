@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dfa.data.transforms import augment, decode_rgb, sample_rng
+from dfa.data.transforms import augment, decode_picture, sample_rng
 
 SIZE, SCALES, FLIP = 320, (0.5, 2.0), 0.5  # METHOD 1.21
 BATCH, PROCESSES = 16, 2
@@ -25,7 +25,7 @@ Row = tuple[np.ndarray, np.ndarray, str]
 def sample(key: str, jpeg: bytes) -> Row:
     """Decode and crop as training does: (3, S, S) uint8, (S, S) bool, key."""
     crop = augment(
-        decode_rgb(jpeg, max_pixels=MAX_PIXELS),
+        decode_picture(jpeg, max_pixels=MAX_PIXELS),
         None,
         size=SIZE,
         scale_range=SCALES,

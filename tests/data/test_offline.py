@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfa.data import storage
 from dfa.data.offline import (
     OfflineLabels,
     begin_generations,
@@ -20,7 +21,9 @@ from dfa.data.offline import (
     resolve,
     set_current,
 )
+from dfa.data.reading import CropSettings, Reader
 from dfa.data.shards import BrokenShardError, ShardIndex, read_samples
+from tests.data.object_store import address, object_store
 from tests.data.toy_labels import make_current, png, write_labels
 from tests.train.toy import write_toy_shards
 
@@ -186,3 +189,15 @@ def test_a_broken_generation_that_nothing_replaces_is_an_error(index, tmp_path):
     shutil.rmtree(root)
     with pytest.raises(ValueError, match=r"step-00000040 has no index.json"):
         offline(tmp_path, index).masks(index.shards[0].name, {"k0001"})
+
+
+def test_shards_in_an_object_store_find_their_labels(index, tmp_path):
+    write_labels(tmp_path / "labels", index, masks_of(index))
+    name, crop = index.shards[0].name, CropSettings(12, (1.0, 1.0), 0.0, 10**6)
+    with object_store() as port:
+        path = storage.join(address(port, "train"), name)
+        data = storage.read_bytes(index.path(name))
+        storage.write_atomic(path, lambda file: file.write(data))
+        reader = Reader(path, 0, 3, 0, crop, False, offline(tmp_path / "labels", index))
+        (columns,) = reader.blocks(0, np.arange(index.shards[0].num_samples), dict)
+    assert columns["given"].all()

@@ -1,6 +1,9 @@
 """The stream's content is a function of (seed, epoch, key) alone, and nothing is lost between shards and batches."""
 
+import errno
 import hashlib
+import io
+import os
 import re
 import shutil
 import threading
@@ -142,7 +145,7 @@ def test_rows_come_in_the_order_of_the_item(index: ShardIndex) -> None:
 
 
 def test_blocks_are_bounded_in_bytes(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfa.data.reading.BLOCK_BYTES", 2000)  # three rows of 12 x 12 x 4 bytes
+    monkeypatch.setattr("dfa.data.reading.BLOCK_BYTES", 2000)  # three rows of 12 x 12 x 3 bytes and their notes
     blocks = read(index, 0, list(range(7)))
     assert [len(block["key"]) for block in blocks] == [3, 3, 1]
 
@@ -183,10 +186,27 @@ def test_a_label_is_cropped_with_its_image_as_ground_truth_is(
     (true,) = read(blocks, 0, [2, 0, 1, 3], crop=crop, with_masks=True)
     assert labelled["given"].tolist() == [True] * 4
     assert {name for name in true if not (true[name] == labelled[name]).all()} == set()
-    assert (labelled["mask"][~labelled["valid"]] == 255).all()
+    valid = to_batch(labelled).valid_BHW.numpy()
+    assert (labelled["mask"][~valid] == 255).all()
     if scale_range == (1.0, 1.0):  # no pixel is a mixture: the image says what its label must be
-        assert (labelled["mask"] == labelled["image"][:, 0] // 60)[labelled["valid"]].all()
-    assert 0 < labelled["valid"].mean() < 1
+        assert (labelled["mask"] == labelled["image"][:, 0] // 60)[valid].all()
+    assert 0 < valid.mean() < 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_filler", [0, 2])
+def test_padding_is_invalid_and_tensors_are_writable(blocks: ShardIndex, num_filler: int) -> None:
+    crop = CropSettings(size=32, scale_range=(0.5, 2.0), flip_probability=0.5, max_pixels=10**6)
+    (columns,) = read(blocks, 0, [2, 0, 1, 3], crop=crop)
+    if num_filler:
+        (filler,) = Reader("", 0, 3, 5, crop, False).filler(num_filler, dict)
+        columns = {name: np.concatenate([column, filler[name]]) for name, column in columns.items()}
+    for column in columns.values():
+        column.setflags(write=False)  # as Ray may give them: torch warns
+    batch = to_batch(columns)
+    grey = (batch.image_B3HW[:, 0] == batch.image_B3HW[:, 1]).numpy()  # pictures are, padding is not
+    assert (batch.valid_BHW.numpy() == grey).all() and 0 < grey.mean() < 1
+    assert batch.valid_BHW.shape == (4, 32, 32)
 
 
 def test_a_sample_without_a_label_is_void_and_says_so(blocks: ShardIndex, tmp_path: Path) -> None:
@@ -230,7 +250,7 @@ def test_a_refreshed_generation_is_read_at_the_next_item(blocks: ShardIndex, tmp
 
     def classes(epoch: int) -> list[int]:
         (columns,) = reader.blocks(epoch, np.arange(4, dtype=np.int32), dict)
-        return np.unique(columns["mask"][columns["valid"]]).tolist()
+        return np.unique(columns["mask"][to_batch(columns).valid_BHW]).tolist()
 
     assert classes(0) == [255]
     make_current(tmp_path, "step-00000040")
@@ -300,3 +320,79 @@ def test_a_shard_that_stays_unreadable_is_given_up_by_name(tmp_path: Path, monke
     reader = Reader(str(tmp_path / "shard.tar"), 0, 3, 5, CROP, False)
     with pytest.raises(BrokenShardError, match=r"shard\.tar: given up after 3 reads: .*Is a directory"):
         list(reader.blocks(0, np.arange(7, dtype=np.int32), dict))
+
+
+class FailingDisk:
+    """Opens files for the storage; of the `name` each of the first `failures` openings ends in EIO half way."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, name: str, failures: int) -> None:
+        self.name, self.failures = name, failures
+        patch.setattr("dfa.data.storage.open", self.open, raising=False)
+        patch.setattr("dfa.data.reading.RETRY_PAUSES_S", (0.01, 0.01))
+
+    def open(self, path: str, mode: str) -> Any:
+        if not path.endswith(self.name) or not self.failures:
+            return open(path, mode)
+        self.failures -= 1
+        half = os.path.getsize(path) // 2
+
+        class Failing(io.FileIO):
+            def readinto(self, buffer: Any) -> int:
+                if self.tell() > half:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+                return super().readinto(buffer) or 0
+
+            def readall(self) -> bytes:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+        return io.BufferedReader(Failing(path), 512)
+
+
+def validated(index: ShardIndex) -> list[tuple[int, str]]:
+    batches = eval_batches(index, rank=0, world=1, batch_size=3, max_pixels=10**6)
+    return [row for batch in batches for row in zip(batch.sample_B.tolist(), batch.keys, strict=True)]
+
+
+def test_validation_goes_on_where_the_disk_failed(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = validated(index)
+    assert [sample for sample, _ in whole] == list(range(23))
+    disk = FailingDisk(monkeypatch, index.shards[1].name, failures=2)
+    assert validated(index) == whole
+    assert disk.failures == 0
+    disk.failures = 3
+    with pytest.raises(
+        BrokenShardError, match=r"shard-000001\.tar: given up after 3 reads: .* after key .*Input/output"
+    ):
+        validated(index)
+
+
+def test_labels_are_read_again_where_the_disk_failed(
+    blocks: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_labels(tmp_path / "labels", blocks, true_masks(blocks))
+    (whole,) = read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+    for name in ("shard-000001.tar", "index.json"):
+        disk = FailingDisk(monkeypatch, f"{root}/{name}", failures=2)
+        (columns,) = read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+        assert disk.failures == 0
+        assert columns["given"].all() and (columns["mask"] == whole["mask"]).all()
+    assert f"label shard shard-000001.tar of {root} is read again in" in caplog.text
+    FailingDisk(monkeypatch, f"{root}/shard-000001.tar", failures=3)
+    with pytest.raises(BrokenShardError, match=rf"of {root}: given up after 3 reads: .*Input/output error"):
+        read(blocks, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", blocks))
+
+
+@pytest.mark.parametrize("of", ["images", "labels"])
+def test_damage_is_not_read_again(
+    blocks: ShardIndex, tmp_path: Path, of: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(blocks.root, tmp_path / "images")
+    write_labels(tmp_path / "labels", blocks, true_masks(blocks))
+    cut, index = tmp_path / of / "shard-000001.tar", load_index(str(tmp_path / "images"))
+    cut.write_bytes(cut.read_bytes()[:3000])
+    with pytest.raises(BrokenShardError, match=rf"{cut} cannot be read after"):
+        read(index, 1, [2, 0, 1, 3], labels=offline(tmp_path / "labels", index))
+    if of == "images":
+        with pytest.raises(BrokenShardError, match=rf"{cut} cannot be read after"):
+            validated(index)
+    assert "read again" not in caplog.text
