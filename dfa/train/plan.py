@@ -173,12 +173,15 @@ def derive_readers(
 ) -> Readers:
     """What read tasks may take of the nodes that are there now, wherever the workers came to lie.
 
-    The workers leave at least L CPUs on n nodes, so one node has L / n; a read task reserves a quarter of that. Where
-    nothing is left, read tasks reserve nothing: slow is better than a run that waits for ever.
+    The workers leave at least L CPUs on n nodes, so one node has L / n; a read task reserves a quarter of that. Ray deals
+    out what a node has left in whole CPUs alone (2.60): where that may be none on every node, read tasks reserve nothing.
+    Otherwise one at a time would run, or, where nothing at all is left, none, and the run would wait for ever.
     """
-    fit = sum(int(cpus // resources.worker_cpus) for cpus in node_cpus)
-    left = sum(node_cpus) - min(plan.num_workers, fit) * resources.worker_cpus
-    read_cpus = _sixteenths(min(1.0, left / max(1, len(node_cpus)) / 4))
+    fit = [int(cpus // resources.worker_cpus) for cpus in node_cpus]
+    left = sum(node_cpus) - min(plan.num_workers, sum(fit)) * resources.worker_cpus
+    most = [min(plan.num_workers, workers) * resources.worker_cpus for workers in fit]
+    whole = sum(int(cpus - taken) for cpus, taken in zip(node_cpus, most, strict=True))
+    read_cpus = _sixteenths(min(1.0, left / max(1, len(node_cpus)) / 4)) if whole else 0.0
     return Readers(
         plan.num_workers if num_workers is None else num_workers,
         read_cpus,
