@@ -36,8 +36,9 @@ export RAY_USAGE_STATS_ENABLED=0
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it over by itself
 export RAY_health_check_period_ms=1000 # a lost node is noticed within 5 s, not 15 to 20
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address | awk '{print $1; exit}')
+# awk reads to the end: a writer whose reader has gone fails, and with it, silently, this script.
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address | awk 'NR == 1 {print $1}')
 export RAY_ADDRESS=$head_ip:$PORT
 
 driver=
