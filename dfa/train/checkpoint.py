@@ -374,8 +374,8 @@ def prune(run: Address, *, keep_last: int, newest: int) -> None:
 
 
 def _step(folder: str) -> int:
-    """Step of a checkpoint's folder; -1 where somebody put a folder of his own."""
-    number = storage.base_name(folder).removeprefix(_PREFIX)
+    """Step of a checkpoint's folder, which copies have in front of more; -1 where somebody put a folder of his own."""
+    number = storage.base_name(folder).removeprefix(_PREFIX).partition("-")[0]
     return int(number) if number.isdigit() else -1
 
 
