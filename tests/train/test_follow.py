@@ -72,7 +72,7 @@ def test_each_better_checkpoint_is_labelled_with_until_the_trainings_own_plan_is
         if step == 1:
             save(run, 2, 0.2)  # worse
             save(run, 3, 0.5)
-            checkpoint.prune(run, keep_last=1)
+            checkpoint.prune(run, keep_last=1, newest=3)
         if step == 3:
             save(run, 4, 0.6)
 
