@@ -62,8 +62,9 @@ def faults(repeats: int) -> Result:
             " lost: samples of the committed history against the specified epochs; order: of each rank against the specified one.",
             "",
             f"Of {len(kills)} kills {within[0]} were back within {_LIMITS_S['kill']:g} s, of {len(losses)} lost nodes {within[1]} within"
-            f" {_LIMITS_S['leave']:g} s. Load average over the last five minutes of a run: {min(loads):.1f} to {max(loads):.1f} (about 1"
-            " where nothing else runs).",
+            f" {_LIMITS_S['leave']:g} s. Load average over the last five minutes of a run: {min(loads):.1f} to {max(loads):.1f} (about 3"
+            " where nothing else runs). The first kill after a node joined is followed by two starts: of the workers that are left, and"
+            " with the new node.",
             "",
             *_table(runs),
         ),
