@@ -188,9 +188,11 @@ def commands() -> list[list[str]]:
     for page in (CLUSTER / "README.md", CLUSTER.parent / "README.md"):
         for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
             lines += [line for line in block.splitlines() if line.startswith(("ray job submit", "sbatch"))]
+    (pod,) = cluster_spec("kuberay/raycluster.yaml")["headGroupSpec"]["template"]["spec"]["containers"]
+    (shared,) = (mount["mountPath"] for mount in pod["volumeMounts"] if mount["name"] == "shared")
     found = []
     for line in lines:
-        words = shlex.split(line.replace("$SHARED", "/mnt/shared"), comments=True)
+        words = shlex.split(line.replace("$SHARED", shared), comments=True)
         first = next(number for number, word in enumerate(words) if word.startswith("jobs."))
         assert words[first - 1] in ("-m", "cluster/slurm.sh"), line
         found.append(words[first:])

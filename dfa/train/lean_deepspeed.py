@@ -30,7 +30,8 @@ def import_deepspeed(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner, which we do not use, imports MLflow where it is installed: 2 to 4 s of every worker's start."""
+    """DeepSpeed's autotuner, which we do not use, imports MLflow where it is installed: 3 CPU seconds of every
+    worker's start."""
     absent = "mlflow" not in sys.modules
     if absent:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -43,7 +44,7 @@ def _without_mlflow() -> Iterator[None]:
 
 def _import_muon_uncompiled() -> None:
     """DeepSpeed imports its Muon optimizer, which we do not use, to ask whether ours is one, and that decorates functions
-    with torch.compile, which imports all of inductor: 3 to 5 s of every worker's start."""
+    with torch.compile, which imports all of inductor: 3 CPU seconds of every worker's start."""
     try:
         from deepspeed.runtime import compiler
 

@@ -113,10 +113,25 @@ def run(plan: LoopPlan) -> dict[str, Any]:
 
 
 def _fit(plan: LoopPlan, resources: Resources) -> dict[str, Any]:
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(plan.collective_timeout_s))  # of reports
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(max(60, plan.collective_timeout_s)))
-    with _ray_folder(plan.run_folder) as ray_folder:
+    with _ray_folder(plan.run_folder) as ray_folder, _timeouts(plan):
         return _graceful(lambda: _fit_patiently(ray_folder, plan, resources), plan.run_folder)
+
+
+@contextmanager
+def _timeouts(plan: LoopPlan) -> Iterator[None]:
+    """Of Ray Train's own barriers and health checks, where the environment says nothing: it takes them from there alone, and
+    the next run of this process may want others."""
+    wanted = {
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": plan.collective_timeout_s,
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": max(60, plan.collective_timeout_s),
+    }
+    ours = {name: str(value) for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _fit_patiently(ray_folder: str, plan: LoopPlan, resources: Resources) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dfa.train.adam import LossScale
 from dfa.train.engine import Engine, make_engine
 from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, global_loss, learning_rate_factor, world
 from tests.train.toy import SETTINGS, ToyObjective, toy_batch
@@ -257,6 +258,17 @@ def test_learning_rate_warms_up_then_decays_to_zero() -> None:
     assert learning_rate_factor(500, total=1000, warmup=0, power=2.0) == 0.25
     with pytest.raises(ValueError, match="step 1000 with total 1000"):
         factor(1000)
+
+
+def test_overflow_halves_the_loss_scale_of_fp16_until_there_is_none_to_blame() -> None:
+    scale = LossScale("fp16")
+    for expected in (2.0**power for power in range(14, -1, -1)):
+        scale.update(float("inf"))
+        assert scale.value == expected
+    with pytest.raises(NonFiniteLossError, match="the gradient norm is nan with a finite loss"):
+        scale.update(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="the gradient norm is inf"):
+        LossScale("fp32").update(float("inf"))
 
 
 def test_impossible_engines_are_refused_with_a_reason() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray.cloudpickle
 
+from dfa.data import storage
 from dfa.data.reading import remaining_items, shard_offsets
 from dfa.data.shards import ShardIndex
 from dfa.data.storage import StoreError
@@ -106,6 +107,19 @@ def test_failures_end_a_run_when_trying_again_cannot_help(index: ShardIndex, tmp
     fail(lost)
     with pytest.raises(RuntimeError, match=r"on worker 0: s3://bucket is gone \(failure 3 in a row\)"):
         fail(lost)
+
+
+def test_a_store_that_is_down_does_not_end_a_run_before_its_failures_are_counted(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_PAUSE_S", 0.0)
+    nobody = "s3://bucket/run?endpoint_override=127.0.0.1:1&scheme=http&access_key=a&secret_key=b"
+    failures = Failures(replace(toy.toy_plan(Path("run"), index, max_failures=2), run_folder=nobody))
+    lost = StoreError("s3://bucket/run cannot be used")
+    for _ in range(2):
+        failures.after_exception(None, {0: lost})
+    with pytest.raises(RuntimeError, match=r"s3://bucket/run cannot be used \(failure 3 in a row\)"):
+        failures.after_exception(None, {0: lost})
 
 
 def test_a_worker_error_reaches_the_caller_as_it_is(ray_session: None, index: ShardIndex, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from dfa.data import storage
 from dfa.data.shards import ShardIndex, load_index
 from dfa.data.stream import Batch, ReadReject
 from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
@@ -132,6 +133,18 @@ def test_a_notice_is_answered_by_a_checkpoint_on_disk_before_a_validation(tmp_pa
     trainer.train(batches, report=report)
     assert reported[0] == (3, True)
     assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "val"] == [6, 9, 12]
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_end_a_run(
+    tmp_path: Path, index: ShardIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(storage, "remove_tree", refuse)
+    result = train(toy_plan(tmp_path, index, engine="torch", keep_last=1), index)
+    assert result["step"] == 12
+    assert "old checkpoints were not deleted: [Errno 13] Permission denied" in caplog.text
 
 
 def test_workers_that_see_different_checkpoints_do_not_train_on(tmp_path: Path, index: ShardIndex) -> None:
