@@ -106,6 +106,22 @@ def test_deepspeed_makes_the_same_updates_as_torch(reference: Any, stage: int) -
     assert_same(engine.state(), reference[0])
 
 
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+def test_a_worker_imports_neither_the_compiler_nor_mlflow(kind: str) -> None:
+    pytest.importorskip("deepspeed")
+    lines = (
+        "import sys",
+        "from tests.train.test_engine import build, train",
+        f"engine = build({kind!r})",
+        "train(engine, range(2))",
+        "engine.load(engine.state())",
+        "train(engine, range(2, 4))",
+        "print(sorted({'mlflow', 'torch._dynamo', 'torch._inductor'} & sys.modules.keys()))",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
+
+
 def test_a_state_continues_on_any_engine_and_stage(reference: Any) -> None:
     pytest.importorskip("deepspeed")
     sources = [("torch", 0), ("deepspeed", 1), ("deepspeed", 0), ("deepspeed", 2)]
