@@ -28,7 +28,8 @@ class Failures(ray.train.UserCallback):
         self._newest, self._count = "", 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray calls this before it starts the workers again; what it raises ends the run."""
+        """Ray calls this before it plans the next group of workers; what it raises ends the run."""
+        _look_at_nodes()
         causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(worker_exceptions.items())}
         for rank, cause in causes.items():
             if isinstance(cause, NonFiniteLossError):
@@ -55,11 +56,8 @@ _group_size: dict[str, int] = {}
 
 
 class GroupStarts(WorkerGroupCallback):
-    """At each attempt to start a group of workers: notes its size, and has Ray look for lost nodes.
-
-    Ray plans a group with a view of the cluster that is up to 20 s old, and each one that counts on a lost node costs the wait
-    for it.
-    """
+    """At each attempt to start a group of workers: notes its size, and has Ray look for lost nodes, which it notices a while
+    after their workers are missed. An attempt that counts on a lost node costs the wait for it."""
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Ray calls this before it waits for room for the workers."""
@@ -68,15 +66,23 @@ class GroupStarts(WorkerGroupCallback):
 
 
 def _look_for_lost_nodes() -> None:
-    """Beside one attempt: let Ray see each second which nodes there are."""
+    """Beside one attempt: each second."""
+    end = time.monotonic() + _LOOKOUT_S
+    while _look_at_nodes() and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _look_at_nodes() -> bool:
+    """Let Ray plan with the nodes that are there now: the view that it keeps of them is up to 20 s old. A run of fixed size has
+    none, and needs none: False."""
+    if not ray.is_initialized():  # asking would start it
+        return False
     try:
         coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
-    except ValueError:  # a run of fixed size is planned without one
-        return
-    end = time.monotonic() + _LOOKOUT_S
-    while time.monotonic() < end:
-        coordinator.get_reserved_resources.remote("", recompute=True)
-        time.sleep(_LOOK_EVERY_S)
+    except ValueError:
+        return False
+    coordinator.get_reserved_resources.remote("", recompute=True)
+    return True
 
 
 def group_size() -> int | None:
