@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _COORDINATOR = "AutoscalingCoordinator"  # Ray's name for who divides the cluster, and for its namespace
 _LOOKOUT_S, _LOOK_EVERY_S = 10.0, 1.0  # an attempt that finds no room ends before that
+_RAY_LOOKS_AGAIN_S = 1.1  # Ray Train plans with the answer that it got before if that is not a second old
 
 
 class Failures(ray.train.UserCallback):
@@ -29,7 +30,8 @@ class Failures(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray calls this before it plans the next group of workers; what it raises ends the run."""
-        _look_at_nodes()
+        if _look_at_nodes():
+            time.sleep(_RAY_LOOKS_AGAIN_S)
         causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(worker_exceptions.items())}
         for rank, cause in causes.items():
             if isinstance(cause, NonFiniteLossError):
