@@ -18,6 +18,7 @@ def load(
     device: "str | torch.device" = "cpu",
     scales: Sequence[float] = (1.0, 1.2, 1.5),
     flip: bool = True,
+    long_side: int | None = None,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
     weights: Literal["auto", "trained", "average"] = "auto",
@@ -40,6 +41,8 @@ def load(
         device: where to compute, e.g. "cuda".
         scales: factors of an image's size to average over (METHOD 1.22); (1.0,) is three to five times as fast.
         flip: average with the mirrored image.
+        long_side: see each image with so many pixels along its longer side at scale 1, as trainings with crop.long_side do (a
+            camera's pictures are too large for any memory at their own size). None: at its own. Masks always have that.
         clip_checkpoint: the frozen CLIP's weight file, where it is not found under the name that training used.
         clip_model: its model JSON, likewise.
         weights: the trained ones, their moving average, or (auto) the average where training kept one.
@@ -49,7 +52,7 @@ def load(
 
     Raises:
         ValueError: no checkpoint there, damaged files, CLIP weights that are absent or do not fit, a model of another
-            version of dfa, or a device that is not there.
+            version of dfa, a long_side below one pixel, or a device that is not there.
     """
     from dfa.build.predicting import load as load_predictor  # here, so that `import dfa.core` needs torch alone
 
@@ -58,6 +61,7 @@ def load(
         device=device,
         scales=scales,
         flip=flip,
+        long_side=long_side,
         clip_checkpoint=clip_checkpoint,
         clip_model=clip_model,
         weights=weights,

@@ -6,7 +6,7 @@ it that tells the command, the seed, the time and the scores.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ def work(settings: pretrain.PretrainSettings, folder: Path, output: Path, thread
     scores = measure_clip(clip, pretrain.TEMPLATES[0], **_MEASURED, thresholds=_THRESHOLDS)
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     card = {
-        "command": f"python -m jobs.pretrain --work FOLDER --seed {settings.seed}",
+        "command": f"python -m jobs.pretrain --work FOLDER --seed {settings.seed}"
+        f" --close-up-steps {settings.close_up_steps} --scene-steps {settings.scene_steps}",
         "settings": asdict(settings),
         "training_seconds": last["seconds"],
         "threads": threads,
@@ -54,9 +55,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--output", type=Path, default=_OUTPUT, help="the safetensors file to write")
     parser.add_argument("--seed", type=int, default=0)
+    usual = pretrain.PretrainSettings()
+    parser.add_argument("--close-up-steps", type=int, default=usual.close_up_steps, help="of single objects, first")
+    parser.add_argument("--scene-steps", type=int, default=usual.scene_steps, help="of whole scenes, after them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    settings = pretrain.PretrainSettings(seed=arguments.seed)
+    if min(arguments.close_up_steps, arguments.scene_steps) < 0 or not arguments.close_up_steps + arguments.scene_steps:
+        parser.error("--close-up-steps and --scene-steps must not be negative, and one at least must be positive")
+    settings = replace(
+        usual,
+        seed=arguments.seed,
+        close_up_steps=arguments.close_up_steps,
+        scene_steps=arguments.scene_steps,
+    )
 
     def checked() -> Result:
         for name, path in (("--work", arguments.work), ("--output", arguments.output)):

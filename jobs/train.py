@@ -20,6 +20,12 @@ def work(config: Config) -> Result:
     """Train to the end of the configuration's plan."""
     plan = build.loop_plan(config)
     _describe(config)
+    if config.loss.supervision == "pseudo" and not build.class_set(config).background:
+        log.warning(
+            "the class list (data.classes=%s) has no background texts: every pixel must be one of its classes to CLIP; add some"
+            " under `background`, as in conf/classes_coco.yaml",
+            config.data.classes,
+        )
     build.check_clip(config)
     result = loop.run(plan)
     return {"job": "train", "run": config.run, **result}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dfa import build
 from dfa.config import load
@@ -80,3 +81,13 @@ def test_mlflow_is_asked_for_before_anything_starts(config, monkeypatch):
     config.train.mlflow = "http://127.0.0.1:1"
     with pytest.raises(ValueError, match="pip install mlflow-skinny"):
         train.work(config)
+
+
+def test_a_class_list_without_background_texts_is_told(config, tmp_path, caplog):
+    train.work(config)
+    assert "no background texts" not in caplog.text
+    listed = build.class_set(config).to_mapping() | {"background": []}
+    config.data.classes = str(tmp_path / "classes.yaml")
+    Path(config.data.classes).write_text(yaml.safe_dump(listed))
+    train.work(config)
+    assert "has no background texts: every pixel must be one of its classes" in caplog.text

@@ -32,6 +32,7 @@ from dfa.label.work import Batch, finish_piece, score_batch
 from dfa.report.figures import Example, class_colour, mask_overlay, present_legend
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
+from jobs import evaluate, pseudo_label, train
 
 WORDS = ("beetle", "board", "drum", "fish", "kite", "lantern", "pencil")
 NAMES = tuple(" ".join(words) for words in itertools.product(WORDS, repeat=3))[:300]
@@ -155,17 +156,21 @@ def test_labels_of_many_classes_are_trained_on(shards, labelled):
     assert {0, 255, VOID} <= shown <= {int(value) for value in VALUES}
 
 
-def test_one_step_and_one_validation_with_300_classes(tmp_path, shards):
-    (tmp_path / "classes.yaml").write_text(
+def small_model(folder):
+    (folder / "classes.yaml").write_text(
         yaml.safe_dump({"names": list(NAMES), "background": ["sky"], "templates": ["a photo of a {}"]})
     )
     overrides = [
-        f"data.classes={tmp_path}/classes.yaml",
+        f"data.classes={folder}/classes.yaml",
         "clip.checkpoint=random",
         "decoder.width=32",
         "decoder.depth=1",
     ]
-    overrides += ["crop.size=48", "affinity.hidden=4", "pseudo.dilations=[1,2]", "decoder.dropout=0.0"]
+    return [*overrides, "crop.size=48", "affinity.hidden=4", "pseudo.dilations=[1,2]", "decoder.dropout=0.0"]
+
+
+def test_one_step_and_one_validation_with_300_classes(tmp_path, shards):
+    overrides = small_model(tmp_path)
     batch = next(eval_batches(shards, rank=0, world=1, batch_size=3, max_pixels=10**6))
     step = build.train_step(config.load("demo", overrides), torch.device("cpu"))
     parts = {part.name: part for part in step(batch)}
@@ -263,3 +268,19 @@ def test_the_logits_of_a_batch_take_no_more_memory_than_those_of_coco(tmp_path, 
     )
     assert build.factory_plan(settings, [seeds, model]).batch_pixels == 100_000 * 81 // 301
     assert build.factory_plan(settings, [seeds]).batch_pixels == 100_000
+
+
+def test_a_run_on_ray_trains_labels_and_scores_300_classes(tmp_path, shards, ray_session):
+    overrides = [*small_model(tmp_path), f"run={tmp_path}/run", f"shards.train={shards.root}"]
+    overrides += [f"shards.val={shards.root}", "train.steps=2", "train.batch_size=2", "train.workers=2"]
+    overrides += ["train.validate_every=2", "train.checkpoint_every=2", "label.min_probability=0.2"]
+    loaded = config.load("demo", [*overrides, "evaluate.scales=[1.0]", "evaluate.cam_scales=[1.0]"])
+    result = train.work(loaded)
+    assert (result["step"], result["samples_seen"], result["num_rejected"]) == (2, 4, 0)
+    made = pseudo_label.work(loaded)
+    assert made["num_images"] == 3
+    for raw in read_shard(f"{loaded.run}/labels/train/shard-000000.tar"):
+        assert set(np.unique(decode_mask(raw.image, max_pixels=10**6))) <= {*range(301), VOID}
+        assert Image.open(io.BytesIO(raw.image)).mode == "I;16"
+    measured = evaluate.work(loaded)
+    assert 0 <= measured["val_miou"] <= 100 and 0 <= measured["mask_miou"] <= 100

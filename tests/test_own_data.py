@@ -14,7 +14,11 @@ from dfa.config import class_set, load, to_yaml
 from dfa.data import storage
 from dfa.data.classes import ClassSet, own_class_set
 from dfa.data.samples import Reject, Sample
+from dfa.data.shards import read_samples
+from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.label.images import ShardFile
 from dfa.label.scoring import LabelSettings, label_image
+from dfa.label.work import Batch, finish_piece, score_batch
 from jobs.own import few
 
 COCO = class_set("classes_coco")
@@ -207,6 +211,43 @@ def test_images_smaller_than_a_patch_or_of_extreme_shape_get_masks_of_their_own_
     settings = LabelSettings(10, build.crf_settings(config), 1.0, 0.0, ())
     labelled = label_image(image.permute(1, 2, 0).numpy().copy(), scores, None, settings)
     assert labelled.mask_HW.shape == size and set(labelled.mask_HW.reshape(-1).tolist()) <= {0, 1, 3}
+
+
+def test_a_camera_picture_is_seen_small_and_gets_a_mask_of_its_own_size():
+    config = load("demo", ["evaluate.input=long_side", "evaluate.input_size=112", "evaluate.cam_scales=[1.0]"])
+    image = torch.randint(0, 256, (3, 1500, 2000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (scores,) = seed_images(build.segmenter(config, torch.device("cpu")), config, [image], [(2,)])
+    assert scores.score_KHW.shape == (2, 1500, 2000)
+
+
+def test_a_picture_of_too_many_patches_is_left_out_with_the_reason_and_the_others_are_labelled(tmp_path):
+    config = load("demo", ["evaluate.cam_scales=[1.0]"])
+    samples = []
+    for key, size in (("huge", (4000, 3000)), ("small", (64, 48))):
+        Image.new("RGB", size, (9, 99, 199)).save(tmp_path / f"{key}.jpg")
+        samples.append(Sample(key, str(tmp_path / f"{key}.jpg"), (1,)))
+    names = build.class_set(config).names
+    plan = plan_shards(
+        samples, class_names=names, seed=0, shuffle=False, samples_per_shard=2, max_pixels=config.data.max_pixels
+    )
+    root = str(tmp_path / "shards")
+    write_plan(root, plan)
+    write_shard(root, plan.items[0])
+    index = finish(root, plan, max_reject_share=0.0)
+    built = build.segmenter(config, torch.device("cpu"))
+
+    def score(images, labels):
+        return [one for image, present in zip(images, labels, strict=True) for one in each(image, present)]
+
+    def each(image, present):
+        return seed_images(built, config, [image], [present])
+
+    part = ShardFile(index.path(index.shards[0].name), index.shards[0].sha256)
+    settings = LabelSettings(10, None, 1.0, 0.0, ())
+    (piece,) = score_batch(Batch(part, read_samples(index), names, settings, config.data.max_pixels, 8), score)
+    (reject,) = piece.rejects
+    assert reject.key == "huge" and "500 patches" in reject.reason and "evaluate.input=long_side" in reject.reason
+    assert [record.quality.key for record in finish_piece(piece).records] == ["small"]
 
 
 def test_labels_outside_the_class_list_reject_their_image_and_name_the_nearest(photos, caplog):

@@ -27,6 +27,7 @@ QUICK = [
     "crop.size=64",
     "train.steps=2",
     "evaluate.scales=[1.0]",
+    "evaluate.input_size=112",
     "evaluate.flip=false",
     "label.worst=0",
 ]

@@ -14,6 +14,7 @@ from dfa.data import storage
 from dfa.data.classes import check_classes
 from dfa.data.listing import ImageListing, list_images
 from dfa.data.shards import INDEX_NAME, ShardIndex, load_index
+from dfa.model.inference import NATIVE, InputSize
 from dfa.model.predictor import Predictor
 from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import FOLDER, STATE_NAME, WeightKind, find_checkpoint, read_info
@@ -39,6 +40,7 @@ def load(
     device: str | torch.device = "cpu",
     scales: Sequence[float] = (1.0, 1.2, 1.5),
     flip: bool = True,
+    long_side: int | None = None,
     clip_checkpoint: str | os.PathLike[str] | None = None,
     clip_model: str | os.PathLike[str] | None = None,
     weights: WeightKind = "auto",
@@ -54,6 +56,7 @@ def load(
         read_info(folder).class_names,
         scales=scales,
         flip=flip,
+        input_size=NATIVE if long_side is None else InputSize("long_side", long_side),
         min_probability=defaults.label.min_probability,
         max_pixels=defaults.data.max_pixels,
     )

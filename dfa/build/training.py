@@ -178,6 +178,7 @@ def _dataset_maker(config: Config, shards: ShardIndex, labels: str | None) -> Ca
         scale_range=(config.crop.scale_min, config.crop.scale_max),
         flip_probability=config.crop.flip,
         max_pixels=config.data.max_pixels,
+        long_side=config.crop.long_side,
     )
 
     def make(progress: Progress, readers: Readers) -> Any:

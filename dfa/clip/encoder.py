@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import psutil
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
@@ -31,6 +32,11 @@ from dfa.clip.text import embed_columns
 
 Similarity = Literal["raw", "value", "surgery"]
 _CACHED_GRIDS = 32  # positional embeddings kept: images of many sizes must not fill the memory
+_SURE_BYTES = 2**30  # maps that nobody need ask for
+
+
+class TooLargeError(ValueError):
+    """Images of so many patches that their attention maps do not fit."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ class FrozenClip:
             path, the class embedding always from the original one.
         renormalize_rows: attention rows sum to 1 again after the class token's column has gone.
 
-        Raises ValueError for a size that is not a multiple of the patch and for blocks that do not exist.
+        Raises ValueError for a size that is not a multiple of the patch and for blocks that do not exist, TooLargeError for more
+        patches than memory has room for maps of them.
         """
         grid = self._grid(image_B3HW)
         token_at = self._block_slots(token_blocks, "token_blocks")
@@ -171,6 +178,7 @@ class FrozenClip:
     ) -> Features:
         """The residual stream through every block; `first_second` is the block where the second path begins."""
         batch, num_patches, last = len(x_BTD), grid[0] * grid[1], self.num_blocks - 1
+        _check_room(batch, len(attention_at) * heads, grid, self.device)
         tokens_BLND = torch.empty(batch, len(token_at), num_patches, self.width, dtype=self.dtype, device=self.device)
         attention_BLNN = torch.empty(batch, len(attention_at) * heads, num_patches, num_patches, device=self.device)
         # In the last block only the class token is carried on where nobody reads the patches, and without texts there is
@@ -268,3 +276,21 @@ def _require_plain_vit(visual: Any) -> None:
     kinds = {type(block.attn).__name__ for block in visual.transformer.resblocks}
     if kinds != {"MultiheadAttention"}:
         raise ValueError(f"attention {sorted(kinds)} is not supported: plain multi-head attention is needed")
+
+
+def _check_room(batch: int, num_maps: int, grid: tuple[int, int], device: torch.device) -> None:
+    """Maps grow with the fourth power of an image's side: tell before the system ends the process for them."""
+    num_bytes = 4 * batch * num_maps * (grid[0] * grid[1]) ** 2
+    if num_bytes <= _SURE_BYTES:
+        return
+    if device.type == "cuda":  # what torch keeps for itself is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        free = psutil.virtual_memory().available
+    if num_bytes > free:
+        raise TooLargeError(
+            f"{batch} image(s) of {grid[0]} x {grid[1]} patches: {num_maps} attention maps each are"
+            f" {num_bytes / 2**30:.0f} GiB, of {free / 2**30:.0f} free; let images be seen smaller"
+            " (evaluate.input=long_side, in training a smaller crop.size)"
+        )

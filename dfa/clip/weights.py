@@ -1,5 +1,6 @@
 """Weight files of a CLIP: read without executing anything, compared with the model by name, and asked for their activation."""
 
+import json
 import logging
 import pickle
 from collections.abc import Mapping
@@ -28,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """tensors: by open_clip's names. quick_gelu: the activation that the file itself tells, None where it tells nothing, as a
-    bare state dict does; evidence: what in the file tells it."""
+    """tensors: by open_clip's names. quick_gelu: the activation that the file itself, or a description beside it, tells; None
+    where nothing does, as of a bare state dict; evidence: what tells it."""
 
     tensors: dict[str, Tensor]
     quick_gelu: bool | None = None
@@ -63,7 +64,19 @@ def read_weights(path: Path) -> Weights:
         return Weights(tensors, True, f"{notes[0]}, an entry of OpenAI's own files")
     if "GELU" in classes:
         return Weights(tensors, False, "the modules of this TorchScript archive")
-    return Weights(tensors)
+    return Weights(tensors, *_told_beside(path))
+
+
+def _told_beside(path: Path) -> tuple[bool | None, str]:
+    """What open_clip's description says of the activation, which published folders of open_clip's weights hold."""
+    beside = path.with_name("open_clip_config.json")
+    if not path.name.startswith("open_clip") or not beside.is_file():
+        return None, ""
+    try:
+        described = json.loads(beside.read_text(encoding="utf-8"))["model_cfg"]
+        return bool(described.get("quick_gelu", False)), f"{beside.name} beside it"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{beside} is no description of open_clip's, a JSON with model_cfg: {error}") from error
 
 
 def _load_pickled(path: Path) -> Mapping[str, Tensor]:
@@ -139,6 +152,14 @@ def _check_activation(clip: Any, weights: Weights, *, model: str, path: str | Pa
     has_quick = any(isinstance(module, QuickGELU) for module in clip.visual.modules())
     if weights.quick_gelu is not None and weights.quick_gelu != has_quick:
         raise ValueError(f"checkpoint {path}: {activation_mismatch(model, has_quick)} (told by {weights.evidence})")
+    if weights.quick_gelu is None and has_quick and not _may_be_openais(weights.tensors):
+        _log.warning(
+            "checkpoint %s does not tell its activation. Its matrices are not half precision, as OpenAI's are, which need QuickGELU,"
+            " and %s has QuickGELU: if they are LAION's or DataComp's, %s",
+            path,
+            model,
+            _other_activation(model, has_quick),
+        )
     if weights.quick_gelu is None and not has_quick and _may_be_openais(weights.tensors):
         _log.warning(
             "checkpoint %s does not tell its activation. Its matrices are exactly half precision, as OpenAI's are, which need "

@@ -78,6 +78,7 @@ class CropConfig:
     scale_min: float = _number(0.5, 0.05, 10.0)
     scale_max: float = _number(2.0, 0.05, 10.0)
     flip: float = _number(0.5, 0.0, 1.0)
+    long_side: int = _number(0, 0, 8192)  # larger images count as this large before the scale is drawn; 0: none does
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Any folder of images with a table of labels, or with one sub-folder per class."""
 
 import contextlib
+import functools
 import logging
 import os
 from collections import Counter
@@ -149,5 +150,11 @@ def image_names(root: str, *, without: str | None = None) -> tuple[list[str], di
         also = f"; there are {shown}, to be converted" if unread else ""
         raise ValueError(f"no image in {root} (looked for {', '.join(IMAGE_EXTENSIONS)} in all sub-folders{also})")
     if unread:
-        logger.warning("%s: JPEG and PNG are read; left out are %s, convert them", root, shown)
+        _tell_unread(root, shown)
     return sorted(names), dict(sorted(unread.items()))
+
+
+@functools.cache
+def _tell_unread(root: str, shown: str) -> None:
+    """Once: classes are looked for before images are."""
+    logger.warning("%s: JPEG and PNG are read; left out are %s, convert them", root, shown)

@@ -120,7 +120,10 @@ def _inspect_voc(root: str, folder: str, classes: ClassSet, num_sampled: int) ->
 def _without_list(split: str) -> Finding:
     if split == "train_aug":
         return Finding(
-            "note", "no list ImageSets/Segmentation/train_aug.txt: only VOC's own 1 464 train images", SBD_SOURCE
+            "note",
+            "no list ImageSets/Segmentation/train_aug.txt: only VOC's own 1 464 train images; conf/voc_dfa.yaml makes it of VOC's"
+            " and SBD's lists",
+            SBD_SOURCE,
         )
     return Finding("missing", f"no list ImageSets/Segmentation/{split}.txt", VOC_SOURCE)
 

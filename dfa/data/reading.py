@@ -41,12 +41,14 @@ RETRY_PAUSES_S = (0.5, 2.0, 8.0)
 
 @dataclass(frozen=True)
 class CropSettings:
-    """The training crop of METHOD 1.21. `max_pixels` refuses oversized pictures before they are decoded."""
+    """The training crop of METHOD 1.21. `max_pixels` refuses oversized pictures before they are decoded; `long_side`: as in
+    `augment`."""
 
     size: int
     scale_range: tuple[float, float]
     flip_probability: float
     max_pixels: int
+    long_side: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ class Reader:
             scale_range=self.crop.scale_range,
             flip_probability=self.crop.flip_probability,
             rng=sample_rng(self.seed, epoch, raw.key),
+            long_side=self.crop.long_side,
         )
         return self._record(epoch, sample, raw.key, crop=crop, classes=raw.labels)
 

@@ -250,6 +250,7 @@ def augment(
     scale_range: tuple[float, float],
     flip_probability: float,
     rng: np.random.Generator,
+    long_side: int = 0,
     pad_color: tuple[int, int, int] = CLIP_MEAN_COLOR,
 ) -> Augmented:
     """Random scale, crop (or padding, where the scaled image is smaller) and horizontal flip; METHOD 1.21.
@@ -265,6 +266,8 @@ def augment(
         scale_range: smallest and largest scale factor, drawn uniformly.
         flip_probability: chance of a horizontal flip.
         rng: from `sample_rng`.
+        long_side: an image with a longer side is scaled as if it had this one: a crop of a camera's picture would otherwise show
+            so little of it that its image-level labels are not true of it. 0: every image has its own size.
         pad_color: RGB of padded pixels (they are also outside `window`).
 
     Raises:
@@ -278,6 +281,8 @@ def augment(
         raise ValueError(f"size={size}, scale_range={scale_range}, flip_probability={flip_probability} are not usable")
     scale_draw, flip_draw, y_draw, x_draw = rng.random(4)
     scale = low + (high - low) * scale_draw
+    if 0 < long_side < max(width, height):
+        scale *= long_side / max(width, height)
     scaled_height, scaled_width = max(1, round(height * scale)), max(1, round(width * scale))
     y, x = _window(scaled_height, size, y_draw), _window(scaled_width, size, x_draw)
     is_flipped = flip_draw < flip_probability

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfa.clip.encoder import TooLargeError
 from dfa.data.classes import voc_palette
 from dfa.data.samples import check_mask_values
 from dfa.data.shards import BrokenShardError, RawSample, SampleRow
@@ -129,14 +130,36 @@ def score_batch(
     scores: list[ImageScores] = []
     if images:
         with watch.on("cam", clock), torch.inference_mode():
-            pixels = [torch.from_numpy(one.image_HW3).permute(2, 0, 1) for one in images]
-            scores = scorer(pixels, [one.sample.labels for one in images])
+            try:
+                scores = _score(images, scorer)
+            except TooLargeError:
+                images, scores, too_large = _score_alone(images, scorer)
+                rejects += too_large
     step, pieces = batch.crf_images, []
     for number in range(batch.num_pieces):
         part = slice(number * step, (number + 1) * step)
         common = (batch.class_names, batch.settings, watch.seconds if number == 0 else {})
         pieces.append(Piece(tuple(images[part]), tuple(scores[part]), tuple(rejects) if number == 0 else (), *common))
     return pieces
+
+
+def _score(images: Sequence[Decoded], scorer: Scorer) -> list[ImageScores]:
+    pixels = [torch.from_numpy(one.image_HW3).permute(2, 0, 1) for one in images]
+    return scorer(pixels, [one.sample.labels for one in images])
+
+
+def _score_alone(
+    images: Sequence[Decoded], scorer: Scorer
+) -> tuple[list[Decoded], list[ImageScores], list[LabelReject]]:
+    """One by one, after a batch was too large: those that can be scored, and the others with the reason."""
+    kept, scores, rejects = list[Decoded](), list[ImageScores](), list[LabelReject]()
+    for one in images:
+        try:
+            scores += _score([one], scorer)
+            kept.append(one)
+        except TooLargeError as error:
+            rejects.append(LabelReject(one.sample.key, str(error)))
+    return kept, scores, rejects
 
 
 def _read(batch: Batch, pool: ThreadPoolExecutor | None, watch: Stopwatch) -> tuple[list[Decoded], list[LabelReject]]:

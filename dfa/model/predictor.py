@@ -16,6 +16,7 @@ from dfa.data.classes import nearest, voc_palette
 from dfa.data.transforms import LabelArray, UInt8Array, decode_rgb, header, is_turned, rgb_pixels
 from dfa.label.crf import PRESETS, CrfSettings, dense_crf
 from dfa.label.scoring import FloatArray, model_scores
+from dfa.model.inference import NATIVE, InputSize
 from dfa.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,12 @@ class Predictor:
         flip: bool,
         min_probability: float,
         max_pixels: int,
+        input_size: InputSize = NATIVE,
     ) -> None:
         """
         Args:
             scales, flip: what `predict` uses where it is told nothing else (METHOD 1.22).
+            input_size: the size at which an image is seen at scale 1.
             min_probability: classes that exceed this nowhere in an image take no part in its CRF.
             max_pixels: largest width x height accepted.
         """
@@ -60,7 +63,7 @@ class Predictor:
         self.palette = voc_palette()
         self.scales, self.flip = _scales(scales), flip
         self.min_probability, self.max_pixels = min_probability, max_pixels
-        self._segmenter = segmenter
+        self._segmenter, self._input_size = segmenter, input_size
 
     def predict(
         self,
@@ -78,7 +81,7 @@ class Predictor:
                 applied, hand over `PIL.ImageOps.exif_transpose(PIL.Image.open(path))`.
             crf: refine with a dense CRF: the name of a preset ("deeplab", "smooth", "wide"), or a
                 `dfa.label.crf.CrfSettings`. The scores are then the CRF's, with 0 for classes that took no part.
-            scales, flip: factors of the image's size to average over, and whether mirrored copies join; None: what the
+            scales, flip: factors of the size at which it is seen to average over, and whether mirrored copies join; None: what the
                 predictor was made with.
 
         Returns:
@@ -117,10 +120,11 @@ class Predictor:
         limit = _BATCH_PIXELS * 21 // max(21, 1 + len(self.class_names))
         for places in _batches([(each.shape[0], each.shape[1]) for each in pixels], max_pixels=limit):
             batch_BHW3 = torch.from_numpy(np.stack([pixels[place] for place in places]))
-            logits_BCHW = self._segmenter.logits(
-                batch_BHW3.permute(0, 3, 1, 2).to(self._segmenter.clip.device),
+            (logits_BCHW,) = self._segmenter.logits_together(
+                [batch_BHW3.permute(0, 3, 1, 2).to(self._segmenter.clip.device)],
                 scales=factors,
                 flip=self.flip if flip is None else flip,
+                input_size=self._input_size,
             )
             for place, logits_CHW in zip(places, logits_BCHW, strict=True):
                 found[place] = self._prediction(pixels[place], logits_CHW, settings)

@@ -59,12 +59,13 @@ def faults(repeats: int) -> Result:
         lines=(
             f"{NUM_EPOCHS} epochs over {NUM_SAMPLES} samples on one to two workers, simulated nodes of one CPU on this machine; in each"
             f" run {_KILLS} workers are killed (SIGKILL), the second node is killed and another joins, at random moments. Repeated and"
-            " lost: samples of the committed history against the specified epochs; order: of each rank against the specified one.",
+            " lost: samples of the committed history against the specified epochs; order: of each rank against the specified one."
+            " The model is two convolutions; steps take 0.1 s, a checkpoint comes every five of them, lost nodes are noticed after 5 s"
+            " (RAY_health_check_period_ms=1000), room for more workers is looked for every 5 s.",
             "",
             f"Of {len(kills)} kills {within[0]} were back within {_LIMITS_S['kill']:g} s, of {len(losses)} lost nodes {within[1]} within"
             f" {_LIMITS_S['leave']:g} s. Load average over the last five minutes of a run: {min(loads):.1f} to {max(loads):.1f} (about 3"
-            " where nothing else runs). The first kill after a node joined is followed by two starts: of the workers that are left, and"
-            " with the new node.",
+            " where nothing else runs).",
             "",
             *_table(runs),
         ),

@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 Way = TypeVar("Way")
 
-TITLE = "# Benchmarks\n\nWritten by `python -m jobs.bench MODE`, a section a mode. A ratio above 1 means that ours is faster.\n"
+TITLE = (
+    "# Benchmarks\n\nWritten by `python -m jobs.bench MODE`, a section a mode. The ratio is the second row over the first: above 1"
+    " ours is faster, or takes less.\n"
+)
 
 
 @dataclass(frozen=True)

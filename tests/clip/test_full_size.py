@@ -49,6 +49,37 @@ def test_tokens_and_attention_of_every_head_equal_transformers(clip, native):
     assert_relative(got.attention_BLNN, torch.stack(theirs.attentions, dim=1)[..., 1:, 1:].flatten(1, 2))
 
 
+def test_attention_of_every_head_equals_open_clips_own_modules(clip, native):
+    image, got = native
+    blocks, entering = clip.visual.transformer.resblocks, []
+    hooks = [block.attn.register_forward_pre_hook(lambda _, given: entering.append(given[0])) for block in blocks]
+    with torch.no_grad():
+        clip.visual(normalized(image).float())
+        for hook in hooks:
+            hook.remove()
+        weights = [
+            block.attn(x, x, x, need_weights=True, average_attn_weights=False)[1]
+            for block, x in zip(blocks, entering, strict=True)
+        ]
+    assert_relative(got.attention_BLNN, torch.stack(weights, dim=1)[..., 1:, 1:].flatten(1, 2))
+
+
+@pytest.mark.parametrize(("height", "width"), [(320, 320), (160, 384)])
+def test_at_other_sizes_tokens_and_attention_equal_transformers(clip, height, width):
+    """Not open_clip: its resizing of positions is antialiased, ours, as theirs, is not."""
+    image = picture(1, height, width)
+    got = clip.encode(image, None, **EVERY, similarity="raw", keep_heads=True)
+    with torch.no_grad():
+        theirs = transformers_copy(clip, "quick_gelu")(
+            normalized(image).float(),
+            output_attentions=True,
+            output_hidden_states=True,
+            interpolate_pos_encoding=True,
+        )
+    assert_relative(got.tokens_BLND, torch.stack(theirs.hidden_states[1:], dim=1)[:, :, 1:])
+    assert_relative(got.attention_BLNN, torch.stack(theirs.attentions, dim=1)[..., 1:, 1:].flatten(1, 2))
+
+
 def float64_surgery(visual, image, text):
     """The cosines of one image in float64, block after block, as CLIP Surgery is written down."""
 

@@ -1,5 +1,6 @@
 """Weight files: what is read, what is refused, and what is said of a file that does not fit."""
 
+import json
 import os
 import pickle
 import zipfile
@@ -210,8 +211,29 @@ def test_half_precision_matrices_without_a_word_on_the_activation_are_warned_of(
         load(path, checkpoint=str(file))
         assert ("does not tell its activation" in caplog.text) == warned
     caplog.clear()
-    load(write_model(tmp_path, {"quick_gelu": True}, vocabulary=False), checkpoint=str(file))
+    quick = write_model(tmp_path, {"quick_gelu": True}, vocabulary=False)
+    load(quick, checkpoint=str(file))
     assert not caplog.text
+    safetensors.torch.save_file(full, file)
+    load(quick, checkpoint=str(file))
+    assert "if they are LAION's or DataComp's, set \"quick_gelu\" to false" in caplog.text
+
+
+@pytest.mark.parametrize(("file_has", "model_has"), [(True, False), (False, True), (True, True), (False, False)])
+def test_the_description_beside_open_clips_weights_tells_their_activation(tmp_path, caplog, file_has, model_has):
+    path = write_model(tmp_path, {"quick_gelu": model_has})
+    file, beside = tmp_path / "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
+    safetensors.torch.save_file(build_clip(path).state_dict(), file)
+    beside.write_text(json.dumps({"model_cfg": {"embed_dim": 24} | ({"quick_gelu": True} if file_has else {})}))
+    if file_has == model_has:
+        load(path, checkpoint=str(file))
+        assert not caplog.text
+    else:
+        with pytest.raises(ValueError, match=r"told by open_clip_config\.json beside it"):
+            load(path, checkpoint=str(file))
+    beside.write_text("[]")
+    with pytest.raises(ValueError, match=r"open_clip_config\.json is no description of open_clip's"):
+        load(path, checkpoint=str(file))
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,19 @@ def test_without_a_mask_the_crop_is_the_same():
     assert without.mask is None
 
 
+def test_a_camera_picture_is_cropped_as_if_it_were_smaller():
+    image, mask = Image.fromarray(smooth_image(240, 360)), block_mask(240, 360)
+    settings = {"size": 48, "flip_probability": 0.5}
+    for seed in range(6):
+        seen = augment(image, mask, scale_range=(0.5, 2.0), long_side=90, rng=sample_rng(0, seed, "f"), **settings)
+        same = augment(image, mask, scale_range=(0.125, 0.5), rng=sample_rng(0, seed, "f"), **settings)
+        np.testing.assert_array_equal(seen.image, same.image)
+        np.testing.assert_array_equal(seen.mask, same.mask)
+        small = augment(image, mask, scale_range=(0.5, 2.0), long_side=360, rng=sample_rng(0, seed, "f"), **settings)
+        usual = augment(image, mask, scale_range=(0.5, 2.0), rng=sample_rng(0, seed, "f"), **settings)
+        np.testing.assert_array_equal(small.image, usual.image)
+
+
 def test_a_mask_of_another_size_is_an_error():
     with pytest.raises(ValueError, match=r"mask is \(10, 11\), image is \(10, 12\)"):
         augment(

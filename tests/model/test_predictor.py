@@ -131,6 +131,13 @@ def test_the_predictors_own_scales_and_flip_hold_where_none_are_given(config, mo
     assert (usual.predict(image, scales=[1.0], flip=False).scores == model.predict(image).scores).all()
 
 
+def test_a_long_side_is_the_scale_that_brings_an_image_to_it(config, model):
+    image, small = picture(120, 150), dfa.load(config.run, long_side=75, **ONE)
+    np.testing.assert_array_equal(small.predict(image).scores, model.predict(image, scales=(0.5,)).scores)
+    with pytest.raises(ValueError, match="long_side needs pixels, given 0"):
+        dfa.load(config.run, long_side=0)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (300, 2), (7, 5), (61, 77), (1500, 10)])
 @pytest.mark.parametrize("crf", [None, PRESETS["deeplab"]])
 def test_any_size_gives_probabilities_at_its_own_size(model, size, crf):
