@@ -31,6 +31,7 @@ from dfa.train.callbacks import Failures, GroupStarts, group_size
 from dfa.train.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, list_checkpoints, read_info
 from dfa.train.cluster import join_cluster
 from dfa.train.gauges import Gauges
+from dfa.train.history import read_attempts
 from dfa.train.plan import LoopPlan, Resources, derive_readers, derive_resources
 from dfa.train.progress import Progress
 from dfa.train.record import Observer
@@ -294,8 +295,13 @@ def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _graceful(fit: Callable[[], Any], folder: str) -> Any:
-    """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint."""
+    """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint.
+
+    A stop that comes before the first step of the workers that are there ends at once: there is nothing to keep, and to start
+    them may take longer than whoever stops a job waits.
+    """
     outcome: dict[str, Any] = {}
+    before = len(read_attempts(folder))
 
     def target() -> None:
         try:
@@ -304,20 +310,38 @@ def _graceful(fit: Callable[[], Any], folder: str) -> Any:
             outcome["error"] = error
 
     thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
-    with _stop_on_signal(folder):
+    with _stop_on_signal(folder) as stop:
         thread.start()
+        looked = False
         while thread.is_alive():
             thread.join(0.2)
+            if stop is not None and stop.was_asked_here and not looked:
+                looked = True
+                if not _has_stepped(folder, before):
+                    logger.warning("nothing was trained since this start, which ends at once")
+                    raise KeyboardInterrupt
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
 
 
+def _has_stepped(run: str, before: int) -> bool:
+    """Whether the newest workers have made a step; those of the first `before` starts are of an earlier call."""
+    try:
+        attempts = read_attempts(run)[before:]
+    except OSError:  # a store that is down does not tell
+        return True
+    return bool(attempts) and attempts[-1].first_step_at is not None
+
+
 @contextmanager
-def _stop_on_signal(folder: str) -> Iterator[None]:
-    """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt."""
+def _stop_on_signal(folder: str) -> Iterator[StopFile | None]:
+    """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt.
+
+    Yields what was asked, None on another thread than the main one, which gets no signals.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield None
         return
 
     stop = StopFile(folder)
@@ -332,7 +356,7 @@ def _stop_on_signal(folder: str) -> Iterator[None]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,9 +18,11 @@ from dfa.data.shards import ShardIndex
 from dfa.data.storage import StoreError
 from dfa.train.callbacks import Failures
 from dfa.train.checkpoint import latest_checkpoint
-from dfa.train.loop import run
+from dfa.train.history import begin_attempt, note_first_step
+from dfa.train.loop import _graceful, run
 from dfa.train.objective import NonFiniteLossError
 from dfa.train.record import read_metrics
+from dfa.train.stop import StopFile
 from tests.train import toy
 
 ray.cloudpickle.register_pickle_by_value(toy)  # workers of an outside cluster cannot import tests
@@ -33,8 +35,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 def interrupt_when_training(run_folder: Path) -> None:
     """Send this process what Ctrl-C sends, once the run has logged a step."""
-    deadline = time.time() + 300
-    while time.time() < deadline and not (run_folder / "metrics.jsonl").exists():
+    deadline, metrics = time.time() + 300, run_folder / "metrics.jsonl"
+    while time.time() < deadline and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.1)
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)
@@ -87,6 +89,33 @@ def specified(index: ShardIndex, num_samples: int) -> set[tuple[int, int]]:
     sizes = [shard.num_samples for shard in index.shards]
     items = remaining_items(sizes, seed=0, num_samples=num_samples, finished_epochs=0, open_epochs={})
     return {(item.epoch, int(shard_offsets(sizes)[item.shard] + row)) for item in items for row in item.rows}
+
+
+def test_a_stop_before_the_first_step_ends_at_once_and_one_after_it_waits_for_the_checkpoint(
+    index: ShardIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_folder, shape = str(tmp_path), toy.toy_plan(tmp_path, index).batch_shape(2)
+
+    def start_and_step() -> None:
+        note_first_step(run_folder, begin_attempt(run_folder, shape, num_workers=2, step=0, samples_seen=0))
+
+    def stop_soon() -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def train() -> str:
+        start_and_step()
+        while not StopFile(run_folder).asked():
+            time.sleep(0.05)
+        time.sleep(1.0)  # the checkpoint is written
+        return "written"
+
+    start_and_step()  # of an earlier job
+    stop_soon()
+    with pytest.raises(KeyboardInterrupt):
+        _graceful(lambda: time.sleep(30), run_folder)
+    assert "nothing was trained since this start" in caplog.text and not StopFile(run_folder).asked()
+    stop_soon()
+    assert _graceful(train, run_folder) == "written"
 
 
 def test_failures_end_a_run_when_trying_again_cannot_help(index: ShardIndex, tmp_path: Path) -> None:
