@@ -41,8 +41,8 @@ def load(
         device: where to compute, e.g. "cuda".
         scales: factors of an image's size to average over (METHOD 1.22); (1.0,) is three to five times as fast.
         flip: average with the mirrored image.
-        long_side: see each image with so many pixels along its longer side at scale 1, as trainings with crop.long_side do (a
-            camera's pictures are too large for any memory at their own size). None: at its own. Masks always have that.
+        long_side: see each image with so many pixels along its longer side at scale 1, as trainings with crop.long_side do.
+            None: at its own. Masks always have that.
         clip_checkpoint: the frozen CLIP's weight file, where it is not found under the name that training used.
         clip_model: its model JSON, likewise.
         weights: the trained ones, their moving average, or (auto) the average where training kept one.

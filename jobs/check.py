@@ -9,17 +9,23 @@ import logging
 import shlex
 
 from dfa.config import class_set
-from dfa.data.inspection import inspect
+from dfa.data.inspection import Inspection, inspect
 from jobs import Result, run
 
 log = logging.getLogger("jobs.check")
 
 
-def work(root: str, *, num_sampled: int) -> Result:
-    """Inspect, tell, and return all findings."""
+def look(root: str, *, num_sampled: int = 100) -> Inspection:
+    """Inspect, and tell all findings."""
     found = inspect(root, voc=class_set("classes_voc"), coco=class_set("classes_coco"), num_sampled=num_sampled)
     for each in found.findings:
         log.info("%-8s%s%s", each.state, each.what, f" <- {each.source}" if each.source else "")
+    return found
+
+
+def work(root: str, *, num_sampled: int) -> Result:
+    """Inspect, tell, and return all findings."""
+    found = look(root, num_sampled=num_sampled)
     commands = [f"python -m jobs.shard {shlex.join(command)}" for command in found.commands]
     log.info("%s", "\n  ".join(["then:", *commands]) if commands else "nothing can be sharded yet")
     return {

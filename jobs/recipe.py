@@ -7,7 +7,6 @@ split whose shards are complete is not looked at again.
 
 import argparse
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def work(conf: str, root: str, overrides: Sequence[str]) -> Result:
         raise ValueError(f"{conf} is no recipe of VOC or COCO: its data.source is {kind}")
     shards = {name: storage.join(folder, name) for name in _SPLITS[kind]}
     if missing := {name: address for name, address in shards.items() if not _there(address)}:
-        _shard(conf, root, overrides, missing)
+        _shard(conf, root, overrides, kind, missing)
     learned = next(name for name in _SPLITS[kind] if _there(shards[name]))
     if learned == "voc_train":
         log.warning(
@@ -71,17 +70,18 @@ def _there(address: str) -> bool:
     return storage.exists(storage.join(address, INDEX_NAME))
 
 
-def _shard(conf: str, root: str, overrides: Sequence[str], wanted: Mapping[str, str]) -> None:
-    found = check.work(root, num_sampled=100)
-    if found["num_problems"]:
-        raise ValueError(f"{root}: {found['num_problems']} of the findings above must be mended first")
-    if (kind := _config(conf, overrides).data.source) != found["kind"]:
-        raise ValueError(f"{conf} is a recipe of {kind}, {root} holds {found['kind']}")
-    for command in found["commands"]:
-        *_, output = given = shlex.split(command)[4:]  # after `python -m jobs.shard CONF`
-        if address := wanted.get(storage.base_name(output)):
-            log.info("== shards of %s", storage.base_name(output))
-            shard.work(_config(conf, [*overrides, *given[:-1], f"data.output={address}"]))
+def _shard(conf: str, root: str, overrides: Sequence[str], kind: str, wanted: Mapping[str, str]) -> None:
+    """wanted: split -> address of its shards."""
+    found = check.look(root)
+    if found.num_problems:
+        raise ValueError(f"{root}: {found.num_problems} of the findings above must be mended first")
+    if kind != found.kind:
+        raise ValueError(f"{conf} is a recipe of {kind}, {root} holds {found.kind}")
+    for _, *given, output in found.commands:
+        split = storage.base_name(output)
+        if split in wanted:
+            log.info("== shards of %s", split)
+            shard.work(_config(conf, [*overrides, *given, f"data.output={wanted[split]}"]))
 
 
 def _score(conf: str, given: Sequence[str], masked: str) -> Result:

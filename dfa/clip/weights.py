@@ -152,20 +152,15 @@ def _check_activation(clip: Any, weights: Weights, *, model: str, path: str | Pa
     has_quick = any(isinstance(module, QuickGELU) for module in clip.visual.modules())
     if weights.quick_gelu is not None and weights.quick_gelu != has_quick:
         raise ValueError(f"checkpoint {path}: {activation_mismatch(model, has_quick)} (told by {weights.evidence})")
-    if weights.quick_gelu is None and has_quick and not _may_be_openais(weights.tensors):
+    if weights.quick_gelu is None and (is_half := _may_be_openais(weights.tensors)) != has_quick:
         _log.warning(
-            "checkpoint %s does not tell its activation. Its matrices are not half precision, as OpenAI's are, which need QuickGELU,"
-            " and %s has QuickGELU: if they are LAION's or DataComp's, %s",
+            "checkpoint %s does not tell its activation. Its matrices are %s half precision, as OpenAI's are, which need QuickGELU,"
+            " and %s has %s: if they are %s, %s",
             path,
+            "exactly" if is_half else "not",
             model,
-            _other_activation(model, has_quick),
-        )
-    if weights.quick_gelu is None and not has_quick and _may_be_openais(weights.tensors):
-        _log.warning(
-            "checkpoint %s does not tell its activation. Its matrices are exactly half precision, as OpenAI's are, which need "
-            "QuickGELU, and %s has GELU: if they are OpenAI's, %s",
-            path,
-            model,
+            "QuickGELU" if has_quick else "GELU",
+            "OpenAI's" if is_half else "LAION's or DataComp's",
             _other_activation(model, has_quick),
         )
 

@@ -295,13 +295,8 @@ def _started(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _graceful(fit: Callable[[], Any], folder: str) -> Any:
-    """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint.
-
-    A stop that comes before the first step of the workers that are there ends at once: there is nothing to keep, and to start
-    them may take longer than whoever stops a job waits.
-    """
+    """Run ``fit`` in a thread, so that signals reach us and not Ray's handler, which aborts without a checkpoint."""
     outcome: dict[str, Any] = {}
-    before = len(read_attempts(folder))
 
     def target() -> None:
         try:
@@ -310,44 +305,41 @@ def _graceful(fit: Callable[[], Any], folder: str) -> Any:
             outcome["error"] = error
 
     thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
-    with _stop_on_signal(folder) as stop:
+    with _stop_on_signal(folder):
         thread.start()
-        looked = False
         while thread.is_alive():
             thread.join(0.2)
-            if stop is not None and stop.was_asked_here and not looked:
-                looked = True
-                if not _has_stepped(folder, before):
-                    logger.warning("nothing was trained since this start, which ends at once")
-                    raise KeyboardInterrupt
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
 
 
-def _has_stepped(run: str, before: int) -> bool:
-    """Whether the newest workers have made a step; those of the first `before` starts are of an earlier call."""
+def _has_stepped(run: str, num_earlier: int) -> bool:
+    """Whether the newest workers have made a step; the first `num_earlier` starts were of earlier calls."""
     try:
-        attempts = read_attempts(run)[before:]
+        attempts = read_attempts(run)[num_earlier:]
     except OSError:  # a store that is down does not tell
         return True
     return bool(attempts) and attempts[-1].first_step_at is not None
 
 
 @contextmanager
-def _stop_on_signal(folder: str) -> Iterator[StopFile | None]:
-    """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt.
-
-    Yields what was asked, None on another thread than the main one, which gets no signals.
+def _stop_on_signal(folder: str) -> Iterator[None]:
+    """First signal: ask the workers to stop, through a file in the run folder. Second signal: KeyboardInterrupt; so is the first
+    one before the workers that are there have made a step: there is nothing to keep, and to start them may take longer than
+    whoever stops a job waits.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield None
+        yield
         return
 
-    stop = StopFile(folder)
+    stop, num_earlier = StopFile(folder), len(read_attempts(folder))
 
     def handle(number: int, _: FrameType | None) -> None:
         if stop.asked():
+            raise KeyboardInterrupt
+        if not _has_stepped(folder, num_earlier):
+            logger.warning("%s: nothing was trained since this start, which ends at once", signal.Signals(number).name)
             raise KeyboardInterrupt
         logger.warning(
             "%s: stopping after this step and writing a checkpoint (again: stop at once)", signal.Signals(number).name
@@ -356,7 +348,7 @@ def _stop_on_signal(folder: str) -> Iterator[StopFile | None]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,11 +19,10 @@ class StopFile:
         self._address = storage.join(run, STOP_NAME)
         self._interval_s = 0.0 if storage.is_local(run) else REMOTE_INTERVAL_S
         self._asked, self._looked_at = False, -float("inf")
-        self.was_asked_here = False
 
     def ask(self) -> None:
-        """Create the file. `was_asked_here` tells, without a look at it, that this object did."""
-        self._asked = self.was_asked_here = True
+        """Create the file."""
+        self._asked = True
         storage.write_atomic(self._address, lambda file: None)
 
     def asked(self) -> bool:
