@@ -24,7 +24,7 @@ from dfa.core.void import void_label
 from dfa.data.stream import Batch
 from dfa.label.pseudo import PseudoSettings, patch_labels, pseudo_labels
 from dfa.label.seed import Seeds, make_seeds
-from dfa.model.losses import segmentation_loss, upsample_logits
+from dfa.model.losses import PIXEL_LOGITS_AT_ONCE, patch_segmentation_loss
 from dfa.model.segmenter import Segmenter
 from dfa.model.student import Outputs
 from dfa.train.objective import LossPart, Objective, ParameterGroup
@@ -178,14 +178,17 @@ class TrainStep(Objective):
         """Confusion matrix of the model alone, one scale, no CRF: quick, for curves and for choosing a checkpoint."""
         if batch.mask_BHW is None:
             raise ValueError("validation needs masks")
-        logits_BCHW = self.segmenter.logits(batch.image_B3HW, scales=(1.0,), flip=False)
-        return confusion_matrix(logits_BCHW.argmax(1), batch.mask_BHW, num_classes=self.num_classes)
+        images = max(1, PIXEL_LOGITS_AT_ONCE // (self.num_classes * batch.mask_BHW[0].numel()))
+        confusion_CC = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=batch.mask_BHW.device)
+        for image_B3HW, mask_BHW in zip(batch.image_B3HW.split(images), batch.mask_BHW.split(images), strict=True):
+            logits_BCHW = self.segmenter.logits(image_B3HW, scales=(1.0,), flip=False)
+            confusion_CC += confusion_matrix(logits_BCHW.argmax(1), mask_BHW, num_classes=self.num_classes)
+        return confusion_CC
 
 
 def segmentation_parts(logits_BChw: Tensor, target_BHW: Tensor) -> list[LossPart]:
     """Both halves of L_seg for logits on the patch grid (METHOD 1.19)."""
-    size = (target_BHW.shape[1], target_BHW.shape[2])
-    background, foreground = segmentation_loss(upsample_logits(logits_BChw, size), target_BHW)
+    background, foreground = patch_segmentation_loss(logits_BChw, target_BHW)
     return [
         LossPart("segmentation_background", 0.5, *background),
         LossPart("segmentation_foreground", 0.5, *foreground),

@@ -1,9 +1,11 @@
-"""Memory of CAMs with a thousand classes against VOC's twenty."""
+"""Memory of CAMs, masks and training with a thousand classes against VOC's twenty."""
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import resource
-from typing import Any
+import tempfile
+from pathlib import Path
 
 from jobs.bench.measure import Result, versions
 
@@ -13,10 +15,10 @@ _BACKGROUND, _BATCH, _SIZE = 50, 4, 320
 
 
 def classes(repeats: int) -> Result:
-    """Peak of a process that builds the text bank and makes the CAMs and the model's masks of one batch."""
+    """Peak of a process that builds the text bank, makes the CAMs and the model's masks of one batch, and trains on it."""
     found = {count: [_in_a_process(count) for _ in range(repeats)] for count in (_FEW, _MANY)}
     few_mb, many_mb = ([each["peak_mb"] for each in found[count]] for count in (_FEW, _MANY))
-    stages = ", ".join(f"{name} {value:.0f}" for name, value in found[_MANY][-1].items())
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in found[_MANY][-1].items() if name != "peak_mb")
     return Result(
         title="Memory of a thousand classes",
         unit="MB",
@@ -29,7 +31,8 @@ def classes(repeats: int) -> Result:
         lines=(
             f"Peak of one process with ViT-B/16 (random weights, fp32): text bank of {_MANY} classes (ours) or {_FEW} and"
             f" {_BACKGROUND} background prompts, then the CAMs (transport, with the mirrored copies) of {_BATCH} images of"
-            f" {_SIZE} x {_SIZE} with two to five classes each, then the model's masks of them. {repeats} run(s).",
+            f" {_SIZE} x {_SIZE} with two to five classes each, then the model's masks of them, then a training step"
+            f" (forward and backward) on them. {repeats} run(s).",
             "",
             f"Peaks after each stage with {_MANY} classes, MB: {stages}.",
         ),
@@ -55,8 +58,9 @@ def _in_a_process(num_classes: int) -> dict[str, float]:
 def _work(num_classes: int, sending: multiprocessing.connection.Connection) -> None:
     import torch
 
-    from dfa.build.model import assemble, encoder
+    from dfa.build.training import train_step
     from dfa.config import load
+    from dfa.data.stream import Batch
 
     torch.set_num_threads(1)
     peaks: dict[str, float] = {}
@@ -64,21 +68,30 @@ def _work(num_classes: int, sending: multiprocessing.connection.Connection) -> N
     def note(stage: str) -> None:
         peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
-    config = load("voc_dfa", ["clip.checkpoint=random", "train.use_gpu=false", "train.precision=fp32"])
-    clip = encoder(config, torch.device("cpu"))
-    note("encoder")
-    prompts = [[f"thing number {index}"] for index in range(num_classes + _BACKGROUND)]
-    bank_KE = clip.text_bank(prompts, ["a clean origami {}."])
-    note("text_bank")
-    segmenter: Any = assemble(config, clip, bank_KE, num_classes=num_classes)
-    segmenter.student.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        names, background = ([f"{kind} {number}" for number in range(count)] for kind, count in _texts(num_classes))
+        classes = Path(folder) / "classes.yaml"
+        classes.write_text(json.dumps({"names": names, "background": background, "templates": ["a clean origami {}."]}))
+        given = ["clip.checkpoint=random", "train.use_gpu=false", "train.precision=fp32", f"data.classes={classes}"]
+        step = train_step(load("voc_dfa", given), torch.device("cpu"))
+    note("text bank")
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(_BATCH, 3, _SIZE, _SIZE, generator=generator)
-    labels = torch.zeros(_BATCH, num_classes, dtype=torch.bool)
-    for number, row in enumerate(labels):
+    image_B3HW = torch.randint(0, 256, (_BATCH, 3, _SIZE, _SIZE), generator=generator, dtype=torch.uint8)
+    labels_BC = torch.zeros(_BATCH, num_classes, dtype=torch.bool)
+    for number, row in enumerate(labels_BC):
         row[torch.randperm(num_classes, generator=generator)[: 2 + number]] = True
-    segmenter.pixel_seeds(image, labels, scales=[1.0], flip=True)
-    note("cams")
-    segmenter.logits(image, scales=[1.0], flip=True).argmax(1)
-    note("peak_mb")
-    sending.send(peaks)
+    step.eval()
+    step.segmenter.pixel_seeds(image_B3HW, labels_BC, scales=[1.0], flip=True)
+    note("CAMs")
+    step.segmenter.logits(image_B3HW, scales=[1.0], flip=True).argmax(1)
+    note("masks")
+    number_B = torch.arange(_BATCH)
+    valid_BHW = torch.ones(_BATCH, _SIZE, _SIZE, dtype=torch.bool)
+    parts = step.train()(Batch(image_B3HW, valid_BHW, labels_BC, None, tuple(map(str, number_B)), number_B, number_B))
+    torch.stack([part.weight * part.total / part.count.clamp(min=1) for part in parts]).sum().backward()
+    note("a training step")
+    sending.send(peaks | {"peak_mb": max(peaks.values())})
+
+
+def _texts(num_classes: int) -> list[tuple[str, int]]:
+    return [("thing", num_classes), ("stuff", _BACKGROUND)]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dfa.model.losses import segmentation_loss, upsample_logits
+from dfa.model import losses
+from dfa.model.losses import patch_segmentation_loss, segmentation_loss, upsample_logits
 
 
 def slow_loss(logits, target):
@@ -66,3 +67,30 @@ def test_upsampling_keeps_a_patch_centre_at_its_centre():
     assert big.dtype == torch.float32
     torch.testing.assert_close(big[0, 0, 1::3, 1::3], ramp[0, 0].float())
     torch.testing.assert_close(big[0, 0, 5, 2:10], torch.arange(8.0) / 3 + 1 / 3)
+
+
+def test_taken_in_parts_the_loss_and_its_gradient_are_those_of_the_whole_batch(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, 3, 3, generator=generator)
+    target = torch.randint(0, 4, (5, 9, 6), generator=generator)
+    target[2], target[0, :2] = 255, 255  # one part has nothing to count
+
+    def pairs(at_once, function):
+        monkeypatch.setattr(losses, "PIXEL_LOGITS_AT_ONCE", at_once)
+        leaf = logits.clone().requires_grad_()
+        found = function(leaf)
+        sum(total / count for total, count in found).backward()
+        return [value.item() for pair in found for value in pair], leaf.grad
+
+    whole, gradient = pairs(2**27, lambda x: segmentation_loss(upsample_logits(x, (9, 6)), target))
+    for at_once in (2**27, 4 * 9 * 6 * 2, 1):  # the whole, two images, one
+        parts, part_gradient = pairs(at_once, lambda x: patch_segmentation_loss(x, target))
+        assert parts == pytest.approx(whole, rel=1e-6)
+        torch.testing.assert_close(part_gradient, gradient)
+
+
+def test_the_loss_of_a_thousand_classes_holds_the_pixels_of_one_image(monkeypatch):
+    held = []
+    monkeypatch.setattr(losses, "upsample_logits", lambda *given: held.append(upsample_logits(*given)) or held[-1])
+    patch_segmentation_loss(torch.zeros(3, 1001, 4, 4), torch.zeros(3, 300, 300, dtype=torch.int64))
+    assert [len(each) for each in held] == [1, 1, 1]
