@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfa.clip.encoder import FrozenClip
+from dfa.clip.hub import only_what_is_cached_without_a_network
 from dfa.clip.tokenizer import WordTokenizer
 from dfa.clip.weights import activation_mismatch, fit_weights, read_weights
 
@@ -145,7 +146,8 @@ def _fetch_pretrained(model: str, tag: str) -> nn.Module:
     if bool(described.get("quick_gelu", False)) != has_quick:
         raise ValueError(f"checkpoint {tag!r}: {activation_mismatch(model, has_quick)}")
     try:
-        return open_clip.create_model(model, pretrained=tag, precision="fp32", device="cpu")
+        with only_what_is_cached_without_a_network():
+            return open_clip.create_model(model, pretrained=tag, precision="fp32", device="cpu")
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"the weights {tag!r} of {model!r} could not be fetched ({type(error).__name__}; no network?). Where there is "

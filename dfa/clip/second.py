@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfa.clip.hub import only_what_is_cached_without_a_network
 from dfa.clip.models import PRECISIONS
 from dfa.clip.weights import read_weights
 from dfa.data.classes import nearest
@@ -99,7 +100,8 @@ def _create(name: str, *, fetched: bool) -> Any:
         near = nearest(name, timm.list_models("*vit*"))
         raise ValueError(f"affinity.encoder {name!r} is no model of timm; the nearest ViT is {near!r}")
     try:
-        model: Any = timm.create_model(name, pretrained=fetched, num_classes=0, dynamic_img_size=True)
+        with only_what_is_cached_without_a_network():
+            model: Any = timm.create_model(name, pretrained=fetched, num_classes=0, dynamic_img_size=True)
     except TypeError as error:  # it takes no dynamic_img_size
         raise ValueError(f"affinity.encoder {name!r} is no ViT for images of any size") from error
     except (OSError, RuntimeError) as error:

@@ -3,12 +3,15 @@
 import json
 import os
 import pickle
+import socket
 import zipfile
+from urllib.parse import urlsplit
 
 import open_clip
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 
 from dfa.clip import build_clip
 from dfa.clip.weights import read_weights
@@ -260,3 +263,19 @@ def test_without_a_network_the_tag_and_the_way_out_are_named(tmp_path, monkeypat
         match=r"openai.*ViT-B-16-quickgelu.*https://openaipublic.*ViT-B-16\.pt.*timm/.*weights/.*clip\.checkpoint=",
     ):
         load("ViT-B-16-quickgelu", checkpoint="openai")
+
+
+def test_where_no_name_resolves_the_hub_is_asked_once(monkeypatch):
+    """Its client would ask twelve times, in 50 s."""
+    asked = []
+
+    def unknown(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"laion2b_s34b_b88k.*could not be fetched"):
+        load("ViT-B-16", checkpoint="laion2b_s34b_b88k")
+    assert asked == [urlsplit(constants.ENDPOINT).hostname] and not constants.HF_HUB_OFFLINE
