@@ -38,6 +38,7 @@ def work(config: Config, samples: Iterable[Sample | Reject] | None = None) -> Re
         shuffle=data.shuffle,
         samples_per_shard=data.samples_per_shard,
         max_pixels=data.max_pixels,
+        apply_exif=data.apply_exif,
     )
     writer.write_plan(root, plan)
     if found := build.write_classes(config, classes):

@@ -186,6 +186,7 @@ def prediction_input(config: Config, class_names: tuple[str, ...]) -> ShardIndex
         class_names=class_names,
         images_per_shard=config.data.samples_per_shard,
         max_pixels=config.data.max_pixels,
+        apply_exif=config.data.apply_exif,
     )
 
 

@@ -131,11 +131,11 @@ def own_class_set(names: Sequence[str], *, like: ClassSet) -> ClassSet:
     """
     names = tuple(name for name in names if name.casefold() != "background")
     texts = tuple(name.replace("_", " ").strip() for name in names)
-    taken = {text.casefold().strip() for text in (*names, *texts)}
+    taken = {_folded(text) for text in (*names, *texts)}
     return ClassSet(
         names=names,
         prompts=tuple((text,) for text in texts),
-        background=tuple(text for text in like.background if text.casefold().strip() not in taken),
+        background=tuple(text for text in like.background if _folded(text) not in taken),
         templates=like.templates,
     )
 
@@ -155,17 +155,17 @@ def _as_texts(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def _check_ambiguous(names: tuple[str, ...], prompts: tuple[tuple[str, ...], ...], background: tuple[str, ...]) -> None:
     """One text in two columns of the text bank, whatever its case: the softmax over the columns could not decide."""
-    folded, owner = {text.casefold().strip(): text for text in background}, dict[str, str]()
+    folded, owner = {_folded(text): text for text in background}, dict[str, str]()
     for name, texts in zip(names, prompts, strict=True):
         for text in {name, *texts}:
-            key = text.casefold().strip()
+            key = _folded(text)
             if key in folded:
                 raise ValueError(
                     f"{text!r} (class {name!r}) and the background prompt {folded[key]!r} are class texts and background "
                     "prompts at once; drop it from background"
                 )
         for text in texts:
-            other = owner.setdefault(text.casefold().strip(), name)
+            other = owner.setdefault(_folded(text), name)
             if other != name:
                 raise ValueError(f"the text {text!r} stands for the classes {other!r} and {name!r}; give it to one")
 
@@ -175,9 +175,14 @@ def _check_texts(what: str, texts: tuple[str, ...]) -> None:
         raise ValueError(f"{what} holds an empty text: {list(texts)}")
     seen: set[str] = set()
     for text in texts:
-        if text.casefold() in seen:
+        if _folded(text) in seen:
             raise ValueError(f"{what} lists {text!r} twice")
-        seen.add(text.casefold())
+        seen.add(_folded(text))
+
+
+def _folded(text: str) -> str:
+    """What two texts share that are the same but for their case and spaces."""
+    return " ".join(text.casefold().split())
 
 
 def check_classes(saved: Sequence[str], wanted: Sequence[str], *, where: str) -> None:

@@ -26,7 +26,7 @@ from dfa.data.folder import image_names
 from dfa.data.labels import strip_image_extension
 from dfa.data.samples import Reject, sample_key
 from dfa.data.shards import BrokenShardError, RawSample, SampleRow, ShardEntry
-from dfa.data.transforms import header
+from dfa.data.transforms import header, upright
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class ImageListing:
         class_names: the C foreground classes of the masks to come.
         num_samples: images.
         shards: virtual shards by the names that their label shards will have; sha256 is the fingerprint.
-        plan_hash: of all relative paths and sizes in bytes.
+        plan_hash: of all relative paths and sizes in bytes, and of apply_exif.
         names: relative paths of the images of each shard, in row order.
         max_pixels: larger images are listed with no size; decoding rejects them.
+        apply_exif: images are read as viewers turn them.
         rejects: images that were left out, and why.
         unread: pictures that are neither JPEG nor PNG, by suffix.
     """
@@ -57,6 +58,7 @@ class ImageListing:
     plan_hash: str
     names: tuple[tuple[str, ...], ...]
     max_pixels: int
+    apply_exif: bool
     rejects: tuple[Reject, ...]
     unread: Mapping[str, int]
 
@@ -84,7 +86,7 @@ class ImageListing:
         for entry, names in zip(self.shards, self.names, strict=True):
             if left <= 0:
                 break
-            heads = [_head(os.path.join(self.root, name), self.max_pixels) for name in names[:left]]
+            heads = [self._head(os.path.join(self.root, name)) for name in names[:left]]
             num_turned += sum(turned for _, _, turned in heads)
             yield (
                 entry,
@@ -96,9 +98,10 @@ class ImageListing:
             left -= len(names)
         if num_turned:
             logger.warning(
-                "%s: %d images carry an EXIF orientation; pixels and masks are used as stored, not as viewers turn them",
+                "%s: %d images carry an EXIF orientation; pixels and masks are %s",
                 self.root,
                 num_turned,
+                "as viewers turn them" if self.apply_exif else "as stored (data.apply_exif=true: as viewers turn them)",
             )
 
     def read(self, shard: str, wanted: Collection[int]) -> Iterator[RawSample]:
@@ -113,7 +116,9 @@ class ImageListing:
             raise ValueError(f"{self.root}, {shard} has rows 0..{len(names) - 1}, wanted are {sorted(wrong)[:4]}")
         for row in sorted(set(wanted)):
             data = _read_bytes(os.path.join(self.root, names[row]))
-            width, height, _ = _header_or_zero(io.BytesIO(data), self.max_pixels)
+            if self.apply_exif:
+                data = self._upright(data)
+            width, height, _ = self._header_or_zero(io.BytesIO(data))
             yield RawSample(_key(names[row]), shard, row, data, (), width, height, None)
 
     def fingerprint(self, shard: str) -> str:
@@ -126,6 +131,25 @@ class ImageListing:
             return _fingerprint([_stat(self.root, name) for name in self.names[self._place(shard)]])
         except OSError as error:
             raise _unreadable(str(error.filename), error) from error
+
+    def _head(self, path: str) -> tuple[int, int, bool]:
+        try:
+            with open(path, "rb") as file:
+                return self._header_or_zero(file)
+        except OSError:  # gone since it was listed: the worker that shall read it says so
+            return 0, 0, False
+
+    def _header_or_zero(self, file: BinaryIO) -> tuple[int, int, bool]:
+        try:
+            return header(file, max_pixels=self.max_pixels, apply_exif=self.apply_exif)
+        except ValueError:
+            return 0, 0, False
+
+    def _upright(self, data: bytes) -> bytes:
+        try:
+            return upright(data, max_pixels=self.max_pixels)
+        except ValueError:  # decoding will say what it is
+            return data
 
     def _place(self, shard: str) -> int:
         for place, entry in enumerate(self.shards):
@@ -142,7 +166,7 @@ class _File:
 
 
 def list_images(
-    root: str, *, class_names: tuple[str, ...], images_per_shard: int = 256, max_pixels: int
+    root: str, *, class_names: tuple[str, ...], images_per_shard: int = 256, max_pixels: int, apply_exif: bool = False
 ) -> ImageListing:
     """List the JPEG and PNG files in a folder and all its sub-folders; hidden files and folders are none.
 
@@ -153,6 +177,7 @@ def list_images(
         class_names: foreground classes of the masks to come.
         images_per_shard: images of one unit of work.
         max_pixels: largest width x height that will be decoded.
+        apply_exif: read images as viewers turn them, and make masks for that; else as they are stored.
 
     Raises:
         ValueError: no such folder, or no usable image in it.
@@ -177,9 +202,10 @@ def list_images(
             )
             for number, part in enumerate(parts)
         ),
-        plan_hash=_digest([[file.name, file.size_bytes] for file in files]),
+        plan_hash=_digest([*(["apply_exif"] if apply_exif else []), *([file.name, file.size_bytes] for file in files)]),
         names=tuple(tuple(file.name for file in part) for part in parts),
         max_pixels=max_pixels,
+        apply_exif=apply_exif,
         rejects=rejects,
         unread=unread,
     )
@@ -238,18 +264,3 @@ def _read_bytes(path: str) -> bytes:
 
 def _unreadable(path: str, error: OSError) -> BrokenShardError:
     return BrokenShardError(f"{path} cannot be read: {error.strerror}; run again without it")
-
-
-def _head(path: str, max_pixels: int) -> tuple[int, int, bool]:
-    try:
-        with open(path, "rb") as file:
-            return _header_or_zero(file, max_pixels)
-    except OSError:  # gone since it was listed: the worker that shall read it says so
-        return 0, 0, False
-
-
-def _header_or_zero(file: BinaryIO, max_pixels: int) -> tuple[int, int, bool]:
-    try:
-        return header(file, max_pixels=max_pixels)
-    except ValueError:
-        return 0, 0, False

@@ -1,7 +1,8 @@
 """Pixels of one image: decoding with limits, the training crop, the resize for inference. Pure numpy and PIL.
 
 One frame for everything: pixels are used as they are stored in the file. An EXIF orientation is *not* applied, because
-masks, COCO's width/height and every array that a user reads with numpy live in the stored frame.
+masks, COCO's width/height and every array that a user reads with numpy live in the stored frame. Who wants pictures as viewers
+show them has them stored so, by `upright`.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 UInt8Array = npt.NDArray[np.uint8]
 #: Class indices, of the type and with the void of `dfa.core.void`: void is the largest value of the type.
@@ -27,6 +28,8 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC_BYTES = 8
 _EXIF_ORIENTATION = 274
+_SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange width and height
+_TURNED_QUALITY = 95
 _DARKEST = 4096  # cameras of 12 bits write 16: such pictures are said to be unscaled, not taken for night
 # What PIL raises on broken files, by experience and by its sources; anything else is a bug and shall surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -73,9 +76,21 @@ def _load(image: Image.Image) -> Image.Image:
     return image
 
 
-def orientation(data: bytes, *, max_pixels: int) -> int:
-    """Return the EXIF orientation (1 = upright or not given). It is never applied; see the module's docstring."""
-    return int(_open(io.BytesIO(data), max_pixels=max_pixels).getexif().get(_EXIF_ORIENTATION, 1) or 1)
+def upright(data: bytes, *, max_pixels: int) -> bytes:
+    """Return a JPEG or PNG turned as its EXIF orientation says, in its own format (JPEG at quality 95), the same bytes at every call.
+
+    One that is upright is returned as it is.
+
+    Raises:
+        ValueError: as `decode_rgb`.
+    """
+    image = _open(io.BytesIO(data), max_pixels=max_pixels)
+    if not is_turned(image):
+        return data
+    turned, encoded = ImageOps.exif_transpose(_load(image)), io.BytesIO()
+    options = {"quality": _TURNED_QUALITY, "subsampling": 0} if image.format == "JPEG" else {}
+    turned.save(encoded, format=image.format, **options)
+    return encoded.getvalue()
 
 
 def is_turned(image: Image.Image) -> bool:
@@ -88,14 +103,19 @@ def is_turned(image: Image.Image) -> bool:
         return False
 
 
-def header(file: BinaryIO, *, max_pixels: int) -> tuple[int, int, bool]:
-    """Return (width, height, whether viewers turn it) of a JPEG or PNG, from its header alone; sizes in the stored frame.
+def header(file: BinaryIO, *, max_pixels: int, apply_exif: bool = False) -> tuple[int, int, bool]:
+    """Return (width, height, whether viewers turn it) of a JPEG or PNG, from its header alone; sizes in the stored frame, with
+    `apply_exif` those after `upright`.
 
     Raises:
         ValueError: another format, a broken header, more than `max_pixels`.
     """
     image = _open(file, max_pixels=max_pixels)
-    return *image.size, is_turned(image)
+    turned = is_turned(image)
+    size = image.size
+    if apply_exif and turned and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
+        size = size[::-1]
+    return *size, turned
 
 
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:

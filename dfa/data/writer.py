@@ -42,7 +42,7 @@ from dfa.data.shards import (
 )
 from dfa.data.sources import mask_array
 from dfa.data.storage import write_json
-from dfa.data.transforms import decode_rgb, encode_mask, image_extension, orientation
+from dfa.data.transforms import decode_rgb, encode_mask, header, image_extension, upright
 
 PLAN_KIND = "dfa-shard-plan"
 PLAN_NAME = "plan.json"
@@ -58,6 +58,7 @@ class PlanItem:
     samples: tuple[Sample, ...]
     class_names: tuple[str, ...]
     max_pixels: int
+    apply_exif: bool
     hash: str
 
 
@@ -72,6 +73,7 @@ class ShardPlan:
     shuffle: bool
     samples_per_shard: int
     max_pixels: int
+    apply_exif: bool
     hash: str
 
     @property
@@ -91,6 +93,7 @@ class ShardPlan:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "max_pixels": self.max_pixels,
+            "apply_exif": self.apply_exif,
             "class_names": list(self.class_names),
         }
 
@@ -127,8 +130,11 @@ def plan_shards(
     shuffle: bool,
     samples_per_shard: int,
     max_pixels: int,
+    apply_exif: bool = False,
 ) -> ShardPlan:
     """Assign samples to shards of nearly equal size, at most `samples_per_shard` each.
+
+    With `apply_exif` pictures that carry an EXIF orientation are stored as viewers show them, which is what their masks must fit.
 
     With `shuffle` the order is that of a hash of (seed, key): it does not depend on the order in which samples came,
     and any run of rows within a shard is a random sample of the whole set. Without it the source's order is kept.
@@ -154,21 +160,36 @@ def plan_shards(
     order = list(kept.values())
     if shuffle:
         order.sort(key=lambda s: (hashlib.blake2b(f"{seed}:{s.key}".encode(), digest_size=16).digest(), s.key))
-    items = tuple(_items(order, samples_per_shard, class_names=class_names, max_pixels=max_pixels))
-    settings = [FORMAT_VERSION, seed, shuffle, samples_per_shard, max_pixels, list(class_names)]
+    each = {"class_names": class_names, "max_pixels": max_pixels, "apply_exif": apply_exif}
+    items = tuple(_items(order, samples_per_shard, **each))
+    settings = [FORMAT_VERSION, seed, shuffle, samples_per_shard, max_pixels, list(class_names), *_if_so(apply_exif)]
     plan_hash = _digest([settings, [item.hash for item in items]])
-    return ShardPlan(items, tuple(rejects), class_names, seed, shuffle, samples_per_shard, max_pixels, plan_hash)
+    return ShardPlan(
+        items, tuple(rejects), class_names, seed, shuffle, samples_per_shard, max_pixels, apply_exif, plan_hash
+    )
+
+
+def _if_so(apply_exif: bool) -> list[str]:
+    """What a hash takes in: nothing where the pictures are as stored, so that shards from before the setting stay valid."""
+    return ["apply_exif"] if apply_exif else []
 
 
 def _items(
-    order: list[Sample], samples_per_shard: int, *, class_names: tuple[str, ...], max_pixels: int
+    order: list[Sample], samples_per_shard: int, *, class_names: tuple[str, ...], max_pixels: int, apply_exif: bool
 ) -> Iterator[PlanItem]:
     num_shards = -(-len(order) // samples_per_shard)
     for number in range(num_shards):
         first, last = (len(order) * n // num_shards for n in (number, number + 1))
         shard, part = f"shard-{number:06d}.tar", tuple(order[first:last])
-        content = [FORMAT_VERSION, shard, list(class_names), max_pixels, [asdict(sample) for sample in part]]
-        yield PlanItem(shard, part, class_names, max_pixels, _digest(content))
+        content = [
+            FORMAT_VERSION,
+            shard,
+            list(class_names),
+            max_pixels,
+            [asdict(sample) for sample in part],
+            *_if_so(apply_exif),
+        ]
+        yield PlanItem(shard, part, class_names, max_pixels, apply_exif, _digest(content))
 
 
 def write_plan(root: str, plan: ShardPlan) -> None:
@@ -277,7 +298,10 @@ def _write_tar(file: BinaryIO, item: PlanItem, rows: list[SampleRow], rejects: l
                 add_member(tar, f"{sample.key}.{extension}", data)
     if num_turned:
         logger.warning(
-            "%s: %d images carry an EXIF orientation; their pixels are used as stored", item.shard, num_turned
+            "%s: %d images carry an EXIF orientation; their pixels are used %s",
+            item.shard,
+            num_turned,
+            "as viewers turn them" if item.apply_exif else "as stored (data.apply_exif=true: as viewers turn them)",
         )
 
 
@@ -294,7 +318,8 @@ def _pack(sample: Sample, item: PlanItem, row: int) -> tuple[list[tuple[str, byt
     Raises:
         ValueError, OSError: why it is rejected.
     """
-    data = storage.read_bytes(sample.image)
+    stored = storage.read_bytes(sample.image)
+    data = upright(stored, max_pixels=item.max_pixels) if item.apply_exif else stored
     height, width = decode_rgb(data, max_pixels=item.max_pixels).shape[:2]
     if any(not 1 <= label <= len(item.class_names) for label in sample.labels):
         raise ValueError(f"labels {sample.labels} are outside 1..{len(item.class_names)}")
@@ -312,7 +337,7 @@ def _pack(sample: Sample, item: PlanItem, row: int) -> tuple[list[tuple[str, byt
     if sample.mask is not None:
         members.append((MASK_EXTENSION, _mask_bytes(sample, item, height, width)))
     index_row = SampleRow(sample.key, item.shard, row, sample.labels, width, height, sample.mask is not None)
-    return members, index_row, orientation(data, max_pixels=item.max_pixels) != 1
+    return members, index_row, header(io.BytesIO(stored), max_pixels=item.max_pixels)[2]
 
 
 def _mask_bytes(sample: Sample, item: PlanItem, height: int, width: int) -> bytes:
@@ -321,7 +346,7 @@ def _mask_bytes(sample: Sample, item: PlanItem, height: int, width: int) -> byte
     if mask.shape != (height, width):
         raise ValueError(
             f"mask is {mask.shape[1]} x {mask.shape[0]}, image is {width} x {height} (width x height); "
-            "pixels count as stored, EXIF orientation is not applied"
+            f"pixels count as {'viewers show them' if item.apply_exif else 'stored, EXIF orientation is not applied'} (data.apply_exif)"
         )
     if isinstance(sample.mask, MaskFile):
         return storage.read_bytes(sample.mask.path)

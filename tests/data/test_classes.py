@@ -29,6 +29,8 @@ def test_an_unknown_class_names_the_nearest():
     ("change", "message"),
     [
         ({"names": ["cat", "Cat"]}, "lists 'Cat' twice"),
+        ({"names": ["sea lion", "sea  lion "]}, "lists 'sea  lion ' twice"),
+        ({"background": ["sky", "Sky "]}, "background lists 'Sky ' twice"),
         ({"names": ["background", "cat"]}, "foreground classes only"),
         ({"names": []}, "1 to 32767 names, got 0"),
         ({"background": ["cat"]}, r"'cat' \(class 'cat'\).*'cat' are class texts and background prompts"),

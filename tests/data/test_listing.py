@@ -80,6 +80,19 @@ def test_the_size_comes_from_the_header_in_the_stored_frame(tmp_path):
     assert [(row.width, row.height) for row in rows_of(listed(tmp_path))] == [(40, 30)] * 2
 
 
+def test_as_viewers_turn_them_images_have_the_turned_size_and_other_masks(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    data = save(tmp_path / "turned.jpg", 40, 30, exif=exif).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    stored, shown = (listed(tmp_path, apply_exif=apply_exif) for apply_exif in (False, True))
+    assert [(row.width, row.height) for row in rows_of(shown)] == [(30, 40)] * 2
+    cut, whole = shown.read(shown.shards[0].name, [0, 1])
+    assert Image.open(io.BytesIO(whole.image)).size == (whole.width, whole.height) == (30, 40)
+    assert cut.image == (tmp_path / "cut.jpg").read_bytes()  # decoding will say what it is
+    assert shown.plan_hash != stored.plan_hash
+
+
 def test_what_cannot_be_decoded_has_no_size_and_goes_to_the_reader_all_the_same(tmp_path):
     save(tmp_path / "a.png", 400, 300)
     (tmp_path / "b.jpg").write_bytes(b"")

@@ -16,9 +16,10 @@ from dfa.data.transforms import (
     decode_rgb,
     encode_mask,
     fit,
+    header,
     image_extension,
-    orientation,
     sample_rng,
+    upright,
 )
 
 LIMIT = 10_000_000
@@ -225,12 +226,42 @@ def test_other_formats_are_refused():
 
 
 def test_exif_orientation_is_reported_but_not_applied():
-    exif = Image.Exif()
-    exif[274] = 6
-    data = encoded(Image.new("RGB", (40, 20)), exif=exif)
-    assert orientation(data, max_pixels=LIMIT) == 6
+    data = encoded(Image.new("RGB", (40, 20)), exif=turned_by(6))
+    assert header(io.BytesIO(data), max_pixels=LIMIT) == (40, 20, True)
     assert decode_rgb(data, max_pixels=LIMIT).shape == (20, 40, 3)
-    assert orientation(encoded(Image.new("RGB", (40, 20))), max_pixels=LIMIT) == 1
+    assert header(io.BytesIO(encoded(Image.new("RGB", (40, 20)))), max_pixels=LIMIT) == (40, 20, False)
+
+
+def turned_by(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_pixels_are_those_that_viewers_show(orientation, mode):
+    """By the EXIF standard: which edge of the stored rows and columns is the picture's top, and which its left."""
+    picture = np.array(Image.fromarray(smooth_image(40, 64)).convert(mode))
+    stored = [picture, picture[:, ::-1], picture[::-1, ::-1], picture[::-1]]
+    stored += [np.swapaxes(each, 0, 1) for each in (picture, picture[:, ::-1], picture[::-1, ::-1], picture[::-1])]
+    # 6: row 0 is the right side, column 0 the top; 8: row 0 is the left side, column 0 the bottom
+    data = encoded(
+        Image.fromarray(np.ascontiguousarray(stored[orientation - 1]), mode), quality=98, exif=turned_by(orientation)
+    )
+    shown = upright(data, max_pixels=LIMIT)
+    assert header(io.BytesIO(data), max_pixels=LIMIT, apply_exif=True)[:2] == (64, 40)
+    assert header(io.BytesIO(shown), max_pixels=LIMIT) == (64, 40, False) and shown == upright(data, max_pixels=LIMIT)
+    expected = decode_rgb(encoded(Image.fromarray(picture, mode), quality=98), max_pixels=LIMIT).astype(int)
+    assert np.abs(decode_rgb(shown, max_pixels=LIMIT).astype(int) - expected).max() <= 8  # JPEG twice
+    assert (shown == data) == (orientation == 1)
+
+
+def test_an_upright_png_keeps_its_pixels():
+    pixels = np.random.default_rng(0).integers(4096, 65535, (6, 9), dtype=np.uint16)
+    data = encoded(Image.fromarray(pixels), "PNG", exif=turned_by(6))
+    shown = decode_rgb(upright(data, max_pixels=LIMIT), max_pixels=LIMIT)
+    np.testing.assert_array_equal(shown[..., 0], np.rot90(pixels >> 8, -1))
 
 
 def test_masks_survive_encoding_with_voc_colors():

@@ -145,12 +145,36 @@ def test_members_are_named_for_the_real_format(tmp_path):
         assert tar.getnames() == ["a.png", "a.json"]
 
 
-def test_exif_orientation_is_announced(tmp_path, caplog):
+def test_exif_orientation_is_announced_and_applied_where_that_is_asked_for(tmp_path, caplog):
     exif = Image.Exif()
     exif[274] = 6
-    image = save_image(tmp_path / "a.jpg", exif=exif)
-    shard_all(tmp_path / "shards", plan_shards([Sample("a", image, (1,))], **SETTINGS))
-    assert "1 images carry an EXIF orientation" in caplog.text
+    image = save_image(tmp_path / "a.jpg", size=(40, 32), exif=exif)
+    mask = save_mask(tmp_path / "a.png", size=(32, 40))  # painted on the picture as viewers show it
+    samples = [Sample("a", image, (1,)), Sample("b", image, (1,), mask)]
+    stored = shard_all(tmp_path / "stored", plan_shards(samples, **SETTINGS), max_reject_share=0.5)
+    assert "1 images carry an EXIF orientation; their pixels are used as stored (data.apply_exif" in caplog.text
+    assert [(row.key, row.width, row.height) for row in read_samples(stored)] == [("a", 40, 32)]
+    assert "data.apply_exif" in (tmp_path / "stored" / "rejects.jsonl").read_text()
+    caplog.clear()
+    shown = shard_all(tmp_path / "shown", plan_shards(samples, **SETTINGS, apply_exif=True))
+    assert "2 images carry an EXIF orientation; their pixels are used as viewers turn them" in caplog.text
+    assert [(row.key, row.width, row.height) for row in read_samples(shown)] == [("a", 32, 40), ("b", 32, 40)]
+    [raw, _] = read_shard(shown.path("shard-000000.tar"))
+    assert decode_rgb(raw.image, max_pixels=10**4).shape == (40, 32, 3) and (raw.width, raw.height) == (32, 40)
+
+
+def test_a_damaged_exif_block_is_no_reason_to_reject(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Path(save_image(tmp_path / "a.jpg", exif=exif))
+    data = bytearray(image.read_bytes())
+    place = data.index(b"Exif\0\0") + 6
+    data[place : place + 4] = b"damn"
+    image.write_bytes(data)
+    samples = [Sample("a", str(image), (1,))]
+    for apply_exif in (False, True):
+        plan = plan_shards(samples, **SETTINGS, apply_exif=apply_exif)
+        assert shard_all(tmp_path / f"shards{apply_exif}", plan).num_samples == 1
 
 
 def test_a_shard_of_rejects_only_is_not_in_the_index(samples, tmp_path):
