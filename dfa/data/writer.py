@@ -17,7 +17,7 @@ import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -48,6 +48,8 @@ PLAN_KIND = "dfa-shard-plan"
 PLAN_NAME = "plan.json"
 
 logger = logging.getLogger(__name__)
+
+_ROW_GROUP = 65536  # of samples.parquet
 
 
 @dataclass(frozen=True)
@@ -372,24 +374,23 @@ def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex
     Raises:
         ValueError: shards are missing, or too many rejects. In the latter case everything but the index is on disk.
     """
-    reports = [_committed(root, item) for item in plan.items]
-    if missing := [item.shard for item, report in zip(plan.items, reports, strict=True) if report is None]:
-        raise ValueError(f"{root}: {len(missing)} of {len(plan.items)} shards are not written: {missing[:5]}")
-    done = [report for report in reports if report is not None]
-    rejects = [*plan.rejects, *(reject for report in done for reject in report.rejects)]
-    num_samples = sum(report.num_samples for report in done)
+    reports: list[ShardReport] = []
+    storage.write_atomic(
+        storage.join(root, SAMPLES_NAME), lambda file: reports.extend(_write_samples(file, root, plan))
+    )
+    rejects = [*plan.rejects, *(reject for report in reports for reject in report.rejects)]
+    num_samples = sum(report.num_samples for report in reports)
     for name in storage.list_names(root):
         if name.endswith(storage.PARTIAL_SUFFIX):
             storage.remove(storage.join(root, name))
     write_rejects(root, rejects)
-    _write_samples(root, [row for report in done for row in report.samples])
     share = len(rejects) / (len(rejects) + num_samples)
     if num_samples == 0 or share > max_reject_share:
         raise ValueError(
             f"{len(rejects)} of {len(rejects) + num_samples} images rejected ({share:.2%}), allowed are "
             f"{max_reject_share:.2%} (data.max_reject_share); reasons in {storage.join(root, REJECTS_NAME)}: {summarize_rejects(rejects)}"
         )
-    write_json(storage.join(root, INDEX_NAME), _index_document(plan, done, num_samples, len(rejects)))
+    write_json(storage.join(root, INDEX_NAME), _index_document(plan, reports, num_samples, len(rejects)))
     return load_index(root)
 
 
@@ -416,6 +417,21 @@ def write_rejects(root: str, rejects: Iterable[Any]) -> None:
     storage.write_atomic(storage.join(root, REJECTS_NAME), lambda file: file.write(text.encode()))
 
 
-def _write_samples(root: str, rows: list[SampleRow]) -> None:
-    table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=SAMPLES_SCHEMA)
-    storage.write_atomic(storage.join(root, SAMPLES_NAME), lambda file: pyarrow.parquet.write_table(table, file))
+def _write_samples(file: BinaryIO, root: str, plan: ShardPlan) -> list[ShardReport]:
+    """Write the rows of all shards, a shard at a time; return the reports without them, which is what millions of images leave room for."""
+    reports, missing = list[ShardReport](), list[str]()
+    with pyarrow.parquet.ParquetWriter(file, SAMPLES_SCHEMA) as writer:
+        rows: list[dict[str, Any]] = []
+        for item in plan.items:
+            if (report := _committed(root, item)) is None:
+                missing.append(item.shard)
+                continue
+            reports.append(replace(report, samples=()))
+            rows += [asdict(row) for row in report.samples]
+            if len(rows) >= _ROW_GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
+                rows.clear()
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
+    if missing:
+        raise ValueError(f"{root}: {len(missing)} of {len(plan.items)} shards are not written: {missing[:5]}")
+    return reports
