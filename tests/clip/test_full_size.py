@@ -80,6 +80,20 @@ def test_at_other_sizes_tokens_and_attention_equal_transformers(clip, height, wi
     assert_relative(got.attention_BLNN, torch.stack(theirs.attentions, dim=1)[..., 1:, 1:].flatten(1, 2))
 
 
+def test_vit_large_of_patch_14_equals_both_libraries():
+    clip, image = load("ViT-L-14-quickgelu"), picture(1, 224, 224)
+    got = clip.encode(
+        image, bank(clip), token_blocks=24, attention_blocks=8, similarity="raw", surgery_blocks=0, keep_heads=True
+    )
+    assert got.grid == (16, 16) and got.tokens_BLND.shape[1:] == (24, 256, 1024)
+    own = clip.visual.forward_intermediates(normalized(image).float(), output_fmt="NLC")
+    assert_relative(got.tokens_BLND, torch.stack(own["image_intermediates"], dim=1))
+    assert_relative(got.class_similarity_BK, F.normalize(own["image_features"], dim=-1) @ bank(clip).T)
+    with torch.no_grad():
+        theirs = transformers_copy(clip, "quick_gelu")(normalized(image).float(), output_attentions=True)
+    assert_relative(got.attention_BLNN, torch.stack(theirs.attentions[-8:], dim=1)[..., 1:, 1:].flatten(1, 2))
+
+
 def float64_surgery(visual, image, text):
     """The cosines of one image in float64, block after block, as CLIP Surgery is written down."""
 

@@ -12,10 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
+from open_clip.model import build_model_from_openai_state_dict
 
 from dfa.clip import build_clip
 from dfa.clip.weights import read_weights
-from tests.clip.models import load, write_model
+from tests.clip.models import assert_relative, load, normalized, picture, write_model
 
 
 def test_random_weights_are_asked_for_by_name_and_follow_the_seed(tmp_path):
@@ -82,6 +83,36 @@ def test_a_torchscript_archive_gives_the_state_dict_of_its_model(tmp_path):
     assert all(torch.equal(got.tensors[name], value) for name, value in clip.state_dict().items())
     loaded = load(str(tmp_path / "model.json"), checkpoint=str(file))
     assert torch.equal(loaded.visual.proj, clip.visual.proj)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_openais_traced_half_precision_archive_gives_what_open_clips_reader_of_it_gives(tmp_path):
+    """As its files are: partly fp16, traced, with three notes, of a model that the names and shapes alone describe."""
+    top = {"quick_gelu": True, "text_cfg": {"width": 128, "heads": 2, "layers": 2}}
+    path = write_model(tmp_path, top, vision={"width": 128, "head_width": 64}, vocabulary=False)
+    weights = build_clip(path).state_dict()
+    notes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+    model = build_model_from_openai_state_dict(weights | {name: torch.tensor(note) for name, note in notes.items()})
+    text = open_clip.tokenize(["a photo of a red dog", "tree"])
+    for name, note in notes.items():
+        model.__dict__.pop(name, None)  # plain numbers in open_clip's class
+        model.register_buffer(name, torch.tensor(note))
+    traced = torch.jit.trace_module(
+        model, {"encode_text": (text,), "encode_image": (normalized(picture()).half(),)}, check_trace=False
+    )
+    traced.save(str(tmp_path / "archive.pt"))
+    assert model.visual.proj.dtype == torch.float16 and model.visual.ln_post.weight.dtype == torch.float32
+
+    clip = load(path, checkpoint=str(tmp_path / "archive.pt"))
+    theirs = model.float()
+    bank_KE = clip.text_bank([("photo of a red dog",), ("tree",)], ["a {}."])
+    assert_relative(
+        bank_KE, theirs.encode_text(open_clip.tokenize(["a photo of a red dog.", "a tree."]), normalize=True)
+    )
+    found = clip.encode(
+        picture(), bank_KE, token_blocks=0, attention_blocks=0, similarity="raw", surgery_blocks=0
+    ).class_similarity_BK
+    assert_relative(found, theirs.encode_image(normalized(picture()).float(), normalize=True) @ bank_KE.T)
 
 
 class Malice:
