@@ -9,6 +9,7 @@ from dfa.config import Config, digest, to_dict
 from dfa.data import storage
 from dfa.train import loop
 from dfa.train.checkpoint import list_checkpoints
+from dfa.train.sole import alone_in
 from dfa.train.starts import RUN_NAME, differences, note_start
 from jobs import Result, main
 
@@ -18,6 +19,11 @@ _SHOWN = 8
 
 def work(config: Config) -> Result:
     """Train to the end of the configuration's plan."""
+    with alone_in(config.run):
+        return _train(config)
+
+
+def _train(config: Config) -> Result:
     plan = build.loop_plan(config)
     _describe(config)
     if config.loss.supervision == "pseudo" and not build.class_set(config).background:
