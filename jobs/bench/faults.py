@@ -29,7 +29,7 @@ def faults(repeats: int) -> Result:
     kept = {seed: _kept(seed) for seed in range(repeats)}
     if missing := [seed for seed, run in kept.items() if run is None]:
         with tempfile.TemporaryDirectory() as folder:
-            index, machines = make_shards(Path(folder) / "images"), Machines()
+            index, machines, late = make_shards(Path(folder) / "images"), Machines(), False
             try:
                 for seed in missing:
                     outcome = disturbed_run(
@@ -41,8 +41,9 @@ def faults(repeats: int) -> Result:
                         engine="auto",
                     )
                     kept[seed] = _keep(seed, asdict(outcome) | {"load": os.getloadavg()[1]})
+                    late = late or any(max(outcome.recovery_s[event]) > limit for event, limit in _LIMITS_S.items())
             finally:
-                machines.close()
+                machines.close(keep_logs=late)
     runs = [run for run in kept.values() if run is not None]
     loads = [run["load"] for run in runs]
     kills, losses = ([s for run in runs for s in run["recovery_s"][event]] for event in ("kill", "leave"))

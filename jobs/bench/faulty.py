@@ -127,10 +127,13 @@ class Machines:
         if not accepted:
             raise RuntimeError(f"the node cannot be drained: {message}")
 
-    def close(self) -> None:
+    def close(self, *, keep_logs: bool = False) -> None:
         ray.shutdown()
         self._cluster.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if keep_logs:
+            logging.getLogger("jobs.bench").warning("the logs of this cluster are kept in %s", self._folder)
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _free_port() -> int:
