@@ -52,7 +52,7 @@ def work(conf: str, root: str, overrides: Sequence[str]) -> Result:
     if trained["interrupted"]:
         raise KeyboardInterrupt
     scores = _score(conf, given, shards.get("voc_train", ""))
-    _tell(conf, scores)
+    _tell(conf, scores, config.evaluate.limit)
     return {
         "job": "recipe",
         "run": trained["run"],
@@ -101,7 +101,9 @@ def _taken(result: Result, *names: str) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def _tell(conf: str, scores: Result) -> None:
+def _tell(conf: str, scores: Result, limit: int) -> None:
+    if limit:
+        log.warning("evaluate.limit: these are scores of the first %d images alone, not to be compared with the paper's", limit)
     log.info("%-18s%10s%10s", "mIoU, %", "here", "paper")
     for name, value in scores.items():
         if name.endswith("_miou") or name.endswith("no_crf"):

@@ -41,12 +41,13 @@ def encoder(config: Config, device: torch.device) -> FrozenClip | ClipEnsemble:
 
 
 def check_clip(config: Config) -> None:
-    """Load the CLIP weights once, where their errors are told at once and in one line; workers would tell them one by one. Weights
-    that open_clip fetches are then on this machine.
+    """Load the weights of CLIP and of a second encoder once, where their errors are told at once and in one line; workers would tell
+    them one by one. Weights that are fetched are then on this machine.
 
     Raises:
         ValueError: weights that are absent, damaged or of another architecture.
     """
+    second_encoder(config, torch.device("cpu"))
     if any(checkpoint != "random" for _, checkpoint in [("", config.clip.checkpoint), *other_clips(config.clip)]):
         encoder(config, torch.device("cpu"))
 

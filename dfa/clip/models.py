@@ -101,7 +101,10 @@ def load_clip(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-            clip: nn.Module = kind(**config)
+            try:
+                clip: nn.Module = kind(**config)
+            except TypeError as error:  # a key that open_clip's classes do not know
+                raise ValueError(f"model {model!r} does not describe a CLIP: {error}") from error
         if is_file:
             fit_weights(clip, read_weights(Path(checkpoint)), model=model, path=checkpoint)
         else:
@@ -128,6 +131,11 @@ def _model_config(model: str) -> tuple[dict[str, Any], WordTokenizer | None]:
         raise ValueError(
             f"model {model!r} has a timm or Hugging Face tower: only open_clip's own ViT towers are supported"
         )
+    missing = [
+        name for name in ("patch_size", "width", "layers") if not isinstance(config["vision_cfg"].get(name), int)
+    ]
+    if missing:  # open_clip's ResNets have a list of layers, and no patches
+        raise ValueError(f"model {model!r} is no ViT: its vision_cfg has no number for {', '.join(missing)}")
     return config, tokenizer
 
 

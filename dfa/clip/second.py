@@ -99,6 +99,11 @@ def _create(name: str, *, fetched: bool) -> Any:
     if not timm.is_model(name.partition(".")[0]):
         near = nearest(name, timm.list_models("*vit*"))
         raise ValueError(f"affinity.encoder {name!r} is no model of timm; the nearest ViT is {near!r}")
+    published = timm.list_pretrained(f"{name.partition('.')[0]}.*") if "." in name else [name]
+    if name not in published:
+        raise ValueError(
+            f"affinity.encoder {name!r}: timm has no such weights; the nearest is {nearest(name, published)!r}"
+        )
     try:
         with only_what_is_cached_without_a_network():
             model: Any = timm.create_model(name, pretrained=fetched, num_classes=0, dynamic_img_size=True)

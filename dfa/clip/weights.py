@@ -88,8 +88,10 @@ def _load_pickled(path: Path) -> Mapping[str, Tensor]:
             f"checkpoint {path} is damaged, or holds more than tensors and is therefore not loaded; "
             "save its state dict as .safetensors"
         ) from error
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # what is no pickle at all makes the reader stumble in any way
+        raise ValueError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"checkpoint {path} holds {type(weights).__name__}, expected a state dict")
@@ -104,8 +106,8 @@ def _load_pickled(path: Path) -> Mapping[str, Tensor]:
 def fit_weights(clip: nn.Module, weights: Weights, *, model: str, path: str | Path) -> None:
     """Load weights, upcast to the model's fp32.
 
-    Raises ValueError naming both architectures where they differ, keys that are missing, unexpected or misshapen, and an
-    activation that is not the file's.
+    Raises ValueError naming both architectures where they differ, keys that are missing, unexpected or misshapen, numbers that are
+    not finite, and an activation that is not the file's.
     """
     own, tensors = clip.state_dict(), weights.tensors
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -122,6 +124,8 @@ def fit_weights(clip: nn.Module, weights: Weights, *, model: str, path: str | Pa
             if keys
         )
         raise ValueError(f"checkpoint {path} does not fit the model {model}: {_difference(tensors, own)}{told}")
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"checkpoint {path} holds numbers that are not finite, in {len(bad)} tensors ({bad[0]}, ...)")
     _check_activation(clip, weights, model=model, path=path)
     clip.load_state_dict(tensors)
 

@@ -6,6 +6,7 @@ files; ground-truth masks are read for labels only where `labels="masks"` asks f
 missing unless masks are wanted.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from dfa.data.samples import (
     sample_key,
 )
 from dfa.data.transforms import LabelArray, decode_mask
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "ClassSet",
@@ -255,6 +258,13 @@ class CocoSource:
         for annotation in document["annotations"]:
             if not (self.crowd == "drop" and annotation.get("iscrowd")):
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
+        if strangers := by_image.keys() - {image["id"] for image in document["images"]}:
+            logger.warning(
+                "%s: %d annotations are of image ids that it does not list, such as %s; they are left out",
+                self.annotations,
+                sum(len(by_image[stranger]) for stranger in strangers),
+                sorted(map(str, strangers))[:4],
+            )
         table = None
         if self.label_file is not None:
             table = read_label_text(self.label_file, classes=self.classes, kind=self.label_kind)

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,7 @@ PLAN_NAME = "plan.json"
 logger = logging.getLogger(__name__)
 
 _ROW_GROUP = 65536  # of samples.parquet
+_NAMES_AND_NUMBERS = re.compile(r"'[^']*'|\S*/\S*|\d+")
 
 
 @dataclass(frozen=True)
@@ -355,11 +357,19 @@ def _mask_bytes(sample: Sample, item: PlanItem, height: int, width: int) -> byte
     return encode_mask(mask, voc_palette())
 
 
-def summarize_rejects(rejects: Iterable[Reject], *, num_shown: int = 3) -> str:
-    """Return the first few reasons with their keys, for a message."""
-    reasons = [f"{reject.key}: {reject.reason}" for reject in rejects]
-    more = [f"and {len(reasons) - num_shown} more"] if len(reasons) > num_shown else []
-    return "; ".join(reasons[:num_shown] + more)
+def summarize_rejects(rejects: Iterable[Reject], *, num_shown: int = 4) -> str:
+    """Return one reject of each of the first few kinds of reasons, and how many are like it, for a message.
+
+    Reasons are of one kind that differ in names and numbers alone.
+    """
+    kinds: dict[str, list[Reject]] = {}
+    for reject in rejects:
+        kinds.setdefault(_NAMES_AND_NUMBERS.sub("", reject.reason), []).append(reject)
+    told = [
+        f"{first.key}: {first.reason}" + (f" (and {len(others)} like it)" if others else "")
+        for first, *others in list(kinds.values())[:num_shown]
+    ]
+    return "; ".join(told + ([f"and {len(kinds) - num_shown} more kinds"] if len(kinds) > num_shown else []))
 
 
 def finish(root: str, plan: ShardPlan, *, max_reject_share: float) -> ShardIndex:

@@ -39,7 +39,7 @@ class InputSize:
             return float(height), float(width)
         if self.kind == "square":
             return float(self.pixels), float(self.pixels)
-        factor = self.pixels / max(height, width)
+        factor = self.pixels / max(1, height, width)  # a picture whose header cannot be read has no size
         return height * factor, width * factor
 
 

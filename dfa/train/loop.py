@@ -208,7 +208,7 @@ class _TorchConfig(ray.train.torch.TorchConfig):
         return Backend
 
 
-_sigterm = threading.Event()
+_sigterm, _trained = threading.Event(), threading.Event()
 
 
 def _note_first_sigterm() -> None:
@@ -216,7 +216,8 @@ def _note_first_sigterm() -> None:
     usual = signal.getsignal(signal.SIGTERM)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        logger.warning("SIGTERM: a checkpoint follows this step (again: end at once)")
+        if not _trained.is_set():  # or it is Ray's own, which ends every worker so
+            logger.warning("SIGTERM: a checkpoint follows this step (again: end at once)")
         signal.signal(signal.SIGTERM, usual)
         _sigterm.set()
 
@@ -267,6 +268,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     logger.info("model and optimizer are ready, waiting for the first batch")
     ready = time.time()
     result = trainer.train(batches, report=lambda metrics: ray.train.report(metrics))
+    _trained.set()
     torch.distributed.destroy_process_group()
     return result | {"ready_at": ready}
 

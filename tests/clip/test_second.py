@@ -83,6 +83,10 @@ def test_weights_of_another_vit_are_told(tmp_path):
     [
         ({"name": "vit_tiny_patch16_225"}, "no model of timm; the nearest ViT is 'vit_tiny_patch16_224'"),
         ({"name": "resnet18"}, "is no ViT"),
+        (
+            {"name": "vit_tiny_patch16_224.augreg_in22k"},
+            "no such weights; the nearest is 'vit_tiny_patch16_224.augreg_in21k'",
+        ),
         ({"num_blocks": 13}, "has 12 blocks, the last 13"),
         ({"checkpoint": "weights/none.pth"}, "pretrained, random and the path of a file"),
         ({"precision": "fp8"}, "precision 'fp8'"),

@@ -296,6 +296,39 @@ def test_without_a_network_the_tag_and_the_way_out_are_named(tmp_path, monkeypat
         load("ViT-B-16-quickgelu", checkpoint="openai")
 
 
+def test_numbers_that_are_not_finite_are_told(tmp_path):
+    weights = build_clip(path := write_model(tmp_path)).state_dict()
+    weights["visual.proj"][0, 0] = float("nan")
+    safetensors.torch.save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"nan\.safetensors holds numbers that are not finite.*visual\.proj"):
+        load(path, checkpoint=str(tmp_path / "nan.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"", b"\x80\x02", b"PK\x03\x04 and then nothing", bytes(64)])
+def test_a_file_that_is_no_pickle_is_damaged(tmp_path, content):
+    (tmp_path / "text.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint .*text\.pt is damaged"):
+        read_weights(tmp_path / "text.pt")
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("RN50", "'RN50' is no ViT.*patch_size, layers"),
+        ("coca_ViT-B-32", "'coca_ViT-B-32' does not describe a CLIP.*multimodal"),
+    ],
+)
+def test_models_that_are_no_clip_with_a_vit_are_told(model, message):
+    with pytest.raises(ValueError, match=message):
+        load(model)
+
+
+def test_an_unknown_key_of_a_description_is_told(tmp_path):
+    path = write_model(tmp_path, vision={"wdth": 8})
+    with pytest.raises(ValueError, match=r"model\.json' does not describe a CLIP.*wdth"):
+        load(path)
+
+
 def test_where_no_name_resolves_the_hub_is_asked_once(monkeypatch):
     """Its client would ask twelve times, in 50 s."""
     asked = []

@@ -94,6 +94,11 @@ def test_coco_images_without_objects_or_with_unknown_categories_are_rejected(coc
     assert "category ids [8]" in first.reason and second.reason == "no image-level label"
 
 
+def test_annotations_of_images_that_are_not_listed_are_counted(coco, caplog):
+    list(coco([box(3, 2, 0, 0, 4, 4), box(77, 2, 0, 0, 4, 4), box(77, 2, 1, 1, 2, 2)]))
+    assert "2 annotations are of image ids that it does not list, such as ['77']" in caplog.text
+
+
 def test_a_coco_file_of_other_classes_is_an_error(coco):
     source = coco([])
     for categories, message in (

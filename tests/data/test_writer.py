@@ -20,7 +20,7 @@ from dfa.data import storage
 from dfa.data.shards import load_index, read_samples, read_shard, verify
 from dfa.data.sources import MaskFile, MaskSegments, Reject, Sample
 from dfa.data.transforms import decode_mask, decode_rgb
-from dfa.data.writer import finish, pending, plan_shards, write_plan
+from dfa.data.writer import finish, pending, plan_shards, summarize_rejects, write_plan
 from tests.data.object_store import DisturbedWay, address, object_store
 from tests.data.shard_sets import SETTINGS, contents, save_image, save_mask, shard_all
 
@@ -161,6 +161,19 @@ def test_exif_orientation_is_announced_and_applied_where_that_is_asked_for(tmp_p
     assert [(row.key, row.width, row.height) for row in read_samples(shown)] == [("a", 32, 40), ("b", 32, 40)]
     [raw, _] = read_shard(shown.path("shard-000000.tar"))
     assert decode_rgb(raw.image, max_pixels=10**4).shape == (40, 32, 3) and (raw.width, raw.height) == (32, 40)
+
+
+def test_a_summary_of_rejects_shows_each_kind_of_reason_once():
+    reasons = ["no label"] * 5 + [
+        "unknown class 'dragon' (t.csv line 4)",
+        "unknown class 'orc' (t.csv line 9)",
+        "file is empty",
+    ]
+    told = summarize_rejects(Reject(f"k{n}", f"k{n}.jpg", reason) for n, reason in enumerate(reasons))
+    assert told == (
+        "k0: no label (and 4 like it); k5: unknown class 'dragon' (t.csv line 4) (and 1 like it); k7: file is empty"
+    )
+    assert summarize_rejects([Reject("k", "k.jpg", word) for word in "abcdef"]).endswith("d; and 2 more kinds")
 
 
 def test_a_damaged_exif_block_is_no_reason_to_reject(tmp_path):

@@ -70,6 +70,15 @@ def test_squares_of_many_sizes_share_a_size_class():
     assert size_class(500, 375, **options) == size_class(100, 333, **options) == ((320, 320), (384, 384))
 
 
+@pytest.mark.parametrize("kind", ["native", "square", "long_side"])
+def test_a_picture_whose_header_cannot_be_read_has_a_size_class_too(kind):
+    """It is listed with the size 0 x 0, and whoever decodes it says what it is."""
+    assert (
+        len(size_class(0, 0, scales=[1.0], multiple_of=8, input_size=InputSize(kind, 0 if kind == "native" else 64)))
+        == 1
+    )
+
+
 def test_an_input_size_without_pixels_or_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="needs pixels"):
         InputSize("square")
