@@ -111,11 +111,10 @@ def header(file: BinaryIO, *, max_pixels: int, apply_exif: bool = False) -> tupl
         ValueError: another format, a broken header, more than `max_pixels`.
     """
     image = _open(file, max_pixels=max_pixels)
-    turned = is_turned(image)
-    size = image.size
+    (width, height), turned = image.size, is_turned(image)
     if apply_exif and turned and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
-        size = size[::-1]
-    return *size, turned
+        width, height = height, width
+    return width, height, turned
 
 
 def decode_rgb(data: bytes, *, max_pixels: int) -> UInt8Array:
