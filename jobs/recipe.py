@@ -103,7 +103,9 @@ def _taken(result: Result, *names: str) -> dict[str, Any]:
 
 def _tell(conf: str, scores: Result, limit: int) -> None:
     if limit:
-        log.warning("evaluate.limit: these are scores of the first %d images alone, not to be compared with the paper's", limit)
+        log.warning(
+            "evaluate.limit: these are scores of the first %d images alone, not to be compared with the paper's", limit
+        )
     log.info("%-18s%10s%10s", "mIoU, %", "here", "paper")
     for name, value in scores.items():
         if name.endswith("_miou") or name.endswith("no_crf"):

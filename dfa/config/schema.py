@@ -38,9 +38,7 @@ class DataConfig:
     samples_per_shard: int = _number(256, 1, 100_000)
     shuffle: bool = True
     max_pixels: int = _number(50_000_000, 1_000, 1_000_000_000)
-    apply_exif: bool = (
-        False  # pictures as viewers turn them (EXIF), in shards and jobs/predict; masks must fit that, and will
-    )
+    apply_exif: bool = False  # pictures, and so masks, are as viewers turn them (EXIF), in shards and for jobs/predict
     max_reject_share: float = _number(0.05, 0.0, 1.0)
     output: str = ""  # folder of the shards to write
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 UInt8Array = npt.NDArray[np.uint8]
 #: Class indices, of the type and with the void of `dfa.core.void`: void is the largest value of the type.
@@ -28,6 +28,15 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC_BYTES = 8
 _EXIF_ORIENTATION = 274
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange width and height
 _TURNED_QUALITY = 95
 _DARKEST = 4096  # cameras of 12 bits write 16: such pictures are said to be unscaled, not taken for night
@@ -87,9 +96,9 @@ def upright(data: bytes, *, max_pixels: int) -> bytes:
     image = _open(io.BytesIO(data), max_pixels=max_pixels)
     if not is_turned(image):
         return data
-    turned, encoded = ImageOps.exif_transpose(_load(image)), io.BytesIO()
+    turned, encoded = _load(image).transpose(_TURNS[image.getexif()[_EXIF_ORIENTATION]]), io.BytesIO()
     options = {"quality": _TURNED_QUALITY, "subsampling": 0} if image.format == "JPEG" else {}
-    turned.save(encoded, format=image.format, **options)
+    turned.save(encoded, format=image.format, exif=b"", **options)
     return encoded.getvalue()
 
 
@@ -98,7 +107,7 @@ def is_turned(image: Image.Image) -> bool:
     if image.format == "PNG" and "exif" not in image.info:
         return False  # PIL would decode it to look behind its pixels, where writers put none
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
+        return image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNS
     except _BROKEN:
         return False
 
