@@ -7,19 +7,22 @@ from typing import Any
 from dfa import build
 from dfa.config import Config, digest, to_dict
 from dfa.data import storage
+from dfa.data.lock import alone_in
 from dfa.train import loop
 from dfa.train.checkpoint import list_checkpoints
-from dfa.train.sole import alone_in
 from dfa.train.starts import RUN_NAME, differences, note_start
 from jobs import Result, main
 
 log = logging.getLogger("jobs.train")
 _SHOWN = 8
+_PATIENCE_S = 60.0  # a run that was asked to stop may still be writing its last checkpoint
 
 
 def work(config: Config) -> Result:
     """Train to the end of the configuration's plan."""
-    with alone_in(config.run):
+    storage.make_folder(config.run)
+    busy = f"something else trains in {config.run}; give this training another folder (run=...), or end the other one first"
+    with alone_in(config.run, busy=busy, patience_s=_PATIENCE_S):
         return _train(config)
 
 

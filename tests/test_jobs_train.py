@@ -10,6 +10,7 @@ import yaml
 
 from dfa import build
 from dfa.config import load
+from dfa.data.lock import alone_in
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 from dfa.train.progress import Progress
@@ -91,3 +92,14 @@ def test_a_class_list_without_background_texts_is_told(config, tmp_path, caplog)
     Path(config.data.classes).write_text(yaml.safe_dump(listed))
     train.work(config)
     assert "has no background texts: every pixel must be one of its classes" in caplog.text
+
+
+def test_a_run_in_which_something_trains_is_left_alone(config, monkeypatch):
+    monkeypatch.setattr(train, "_PATIENCE_S", 0.0)
+    Path(config.run).mkdir(parents=True)
+    with (
+        alone_in(config.run, busy=""),
+        pytest.raises(ValueError, match=rf"something else trains in {config.run}.*run="),
+    ):
+        train.work(config)
+    assert not list(Path(config.run).iterdir())

@@ -7,21 +7,18 @@ that starting it again mends); of others, the job that came first stops at its n
 its own.
 """
 
-import errno
-import fcntl
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dfa.data import storage
+from dfa.data.lock import alone_in
 from dfa.data.shards import FORMAT_VERSION, INDEX_NAME
 from dfa.data.writer import PLAN_NAME, write_json
 
 PLAN_KIND = "dfa-label-plan"
-_BUSY = (errno.EAGAIN, errno.EACCES)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,8 @@ class Claim:
         """
         with _writable(self.root):
             storage.make_folder(self.root)
-        with _locked(self.root):
+        busy = f"another job is labelling into {self.root}; wait for it, or choose another folder"
+        with alone_in(self.root, busy=busy):
             with _writable(self.root):
                 self._take()
             yield
@@ -115,24 +113,3 @@ def _writable(root: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnwritableError(f"labels cannot be written to {root}: {error}") from error
-
-
-@contextmanager
-def _locked(root: str) -> Iterator[None]:
-    """The system's lock on the folder itself: it needs no file, and no killed job can leave it behind."""
-    if not storage.is_local(root):
-        yield
-        return
-    handle = os.open(storage.local_path(root), os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _BUSY:
-                raise ValueError(
-                    f"another job is labelling into {root}; wait for it, or choose another folder"
-                ) from error
-            logger.debug("%s: no lock on this file system (%s)", root, error)
-        yield
-    finally:
-        os.close(handle)
