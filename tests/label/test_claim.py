@@ -94,6 +94,7 @@ def test_where_nothing_locks_two_jobs_of_the_same_labels_leave_the_bytes_of_one(
                 for item in items:
                     together.wait(timeout=60)
                     write(root, item)
+                    together.wait(timeout=60)  # before that the other one may just be replacing it
                     assert committed(root, item, SETTINGS)
                 finish(root, ITEMS, ("cat",), "p", SETTINGS)
         except Exception as error:  # handed to the test
