@@ -11,7 +11,7 @@ import ray
 
 from dfa import build
 from dfa.config import Config
-from dfa.data import writer
+from dfa.data import planning, writer
 from dfa.data.samples import Reject, Sample
 from dfa.train.loop import start_ray
 from jobs import Result, main
@@ -21,7 +21,7 @@ _TASKS_AHEAD = 4  # per CPU: enough to keep every core busy, few enough that the
 
 
 @ray.remote(max_retries=3)
-def _write(root: str, item: writer.PlanItem) -> writer.ShardReport:
+def _write(root: str, item: planning.PlanItem) -> writer.ShardReport:
     return writer.write_shard(root, item)
 
 
@@ -31,7 +31,7 @@ def work(config: Config, samples: Iterable[Sample | Reject] | None = None) -> Re
     if not root:
         raise ValueError("data.output is empty: give the folder of the shards to write")
     classes = build.source_classes(config)
-    plan = writer.plan_shards(
+    plan = planning.plan_shards(
         build.source(config) if samples is None else samples,
         class_names=classes.names,
         seed=config.train.seed,
@@ -40,7 +40,7 @@ def work(config: Config, samples: Iterable[Sample | Reject] | None = None) -> Re
         max_pixels=data.max_pixels,
         apply_exif=data.apply_exif,
     )
-    writer.write_plan(root, plan)
+    planning.write_plan(root, plan)
     if found := build.write_classes(config, classes):
         log.info("%d classes in %s: look through its background and prompts before training", len(classes.names), found)
     pending = list(writer.pending(root, plan))
@@ -59,7 +59,7 @@ def work(config: Config, samples: Iterable[Sample | Reject] | None = None) -> Re
     }
 
 
-def _write_all(root: str, pending: list[writer.PlanItem]) -> None:
+def _write_all(root: str, pending: list[planning.PlanItem]) -> None:
     start_ray()
     window = _TASKS_AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     running: list[Any] = []

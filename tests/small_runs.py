@@ -7,7 +7,7 @@ from torch import nn
 
 from dfa import build
 from dfa.config import Config
-from dfa.data import writer
+from dfa.data import planning, writer
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 
@@ -18,8 +18,8 @@ def write_shards(config: Config, root: str, split: str | None = None, **changes:
     settings = {"seed": 0, "shuffle": True, "samples_per_shard": 4, "max_pixels": 20_000, "max_reject_share": 0.0}
     settings |= changes
     max_reject_share = settings.pop("max_reject_share")
-    plan = writer.plan_shards(build.source(config), class_names=build.class_set(config).names, **settings)
-    writer.write_plan(root, plan)
+    plan = planning.plan_shards(build.source(config), class_names=build.class_set(config).names, **settings)
+    planning.write_plan(root, plan)
     for item in plan.items:
         writer.write_shard(root, item)
     writer.finish(root, plan, max_reject_share=max_reject_share)

@@ -11,8 +11,9 @@ import torch
 from dfa import build
 from dfa.config import load
 from dfa.core.metrics import confusion_matrix, mean_iou
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.stream import eval_batches
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 from dfa.world.folder import write_voc

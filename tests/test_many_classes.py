@@ -17,13 +17,14 @@ from dfa import build, config
 from dfa.core.metrics import confusion_matrix
 from dfa.data.classes import ClassSet
 from dfa.data.offline import OfflineLabels
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.reading import CropSettings, Reader
 from dfa.data.samples import MaskFile, MaskSegments, Sample, Segment
 from dfa.data.shards import read_samples, read_shard
 from dfa.data.sources import CocoSource, mask_array
 from dfa.data.stream import eval_batches, to_batch
 from dfa.data.transforms import decode_mask
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.label import output
 from dfa.label.export import export_coco, export_pngs
 from dfa.label.images import ShardFile

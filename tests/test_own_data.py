@@ -13,9 +13,10 @@ from dfa.build.labelling import seed_images
 from dfa.config import class_set, load, to_yaml
 from dfa.data import storage
 from dfa.data.classes import ClassSet, own_class_set
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.samples import Reject, Sample
 from dfa.data.shards import read_samples
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.label.images import ShardFile
 from dfa.label.scoring import LabelSettings, label_image
 from dfa.label.work import Batch, finish_piece, score_batch

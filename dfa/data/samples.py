@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from dfa.data.transforms import LabelArray
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _MAX_KEY_LENGTH = 80
+_NAMES_AND_NUMBERS = re.compile(r"'[^']*'|\S*/\S*|\d+")
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,18 @@ def judge(
             return Reject(key, image, labels.reason)
         labels = ()
     return Sample(key, image, labels, mask)
+
+
+def summarize_rejects(rejects: Iterable[Reject], *, num_shown: int = 4) -> str:
+    """Return one reject of each of the first few kinds of reasons, and how many are like it, for a message.
+
+    Reasons are of one kind that differ in names and numbers alone.
+    """
+    kinds: dict[str, list[Reject]] = {}
+    for reject in rejects:
+        kinds.setdefault(_NAMES_AND_NUMBERS.sub("", reject.reason), []).append(reject)
+    told = [
+        f"{first.key}: {first.reason}" + (f" (and {len(others)} like it)" if others else "")
+        for first, *others in list(kinds.values())[:num_shown]
+    ]
+    return "; ".join(told + ([f"and {len(kinds) - num_shown} more kinds"] if len(kinds) > num_shown else []))

@@ -15,8 +15,9 @@ from typing import Any
 
 from dfa.data import storage
 from dfa.data.lock import alone_in
+from dfa.data.planning import PLAN_NAME
 from dfa.data.shards import FORMAT_VERSION, INDEX_NAME
-from dfa.data.writer import PLAN_NAME, write_json
+from dfa.data.writer import write_json
 
 PLAN_KIND = "dfa-label-plan"
 

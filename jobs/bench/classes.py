@@ -69,7 +69,8 @@ def _work(num_classes: int, sending: multiprocessing.connection.Connection) -> N
         peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
     with tempfile.TemporaryDirectory() as folder:
-        names, background = ([f"{kind} {number}" for number in range(count)] for kind, count in _texts(num_classes))
+        names = [f"thing {number}" for number in range(num_classes)]
+        background = [f"stuff {number}" for number in range(_BACKGROUND)]
         classes = Path(folder) / "classes.yaml"
         classes.write_text(json.dumps({"names": names, "background": background, "templates": ["a clean origami {}."]}))
         given = ["clip.checkpoint=random", "train.use_gpu=false", "train.precision=fp32", f"data.classes={classes}"]
@@ -91,7 +92,3 @@ def _work(num_classes: int, sending: multiprocessing.connection.Connection) -> N
     torch.stack([part.weight * part.total / part.count.clamp(min=1) for part in parts]).sum().backward()
     note("a training step")
     sending.send(peaks | {"peak_mb": max(peaks.values())})
-
-
-def _texts(num_classes: int) -> list[tuple[str, int]]:
-    return [("thing", num_classes), ("stuff", _BACKGROUND)]

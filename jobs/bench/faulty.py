@@ -31,11 +31,12 @@ from ray.core.generated import autoscaler_pb2
 from torch import Tensor, nn
 
 from dfa.data import storage
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.reading import CropSettings
 from dfa.data.samples import Sample
 from dfa.data.shards import ShardIndex, read_samples
 from dfa.data.stream import Batch, train_stream
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.train import history, loop
 from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
 from dfa.train.objective import LossPart, Objective, OptimizerSettings, ParameterGroup

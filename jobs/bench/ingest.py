@@ -94,8 +94,9 @@ def _write(folder: Path) -> None:
 
     from PIL import Image
 
+    from dfa.data.planning import plan_shards, write_plan
     from dfa.data.samples import Sample
-    from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+    from dfa.data.writer import finish, write_shard
 
     (folder / FOLDER_JPEG).mkdir()
     samples: list[Any] = []

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.samples import Sample
 from dfa.data.shards import ShardIndex
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 
 SIZES = ((375, 500), (500, 375), (333, 500))  # height, width: VOC's most frequent ones
 

@@ -124,9 +124,10 @@ def _data_wait(config: Any, folder: Path, compute: Callable[[], None]) -> float:
     from PIL import Image
 
     from dfa import build
+    from dfa.data.planning import plan_shards, write_plan
     from dfa.data.samples import Sample
     from dfa.data.stream import CropSettings, iterate, train_stream
-    from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+    from dfa.data.writer import finish, write_shard
     from dfa.train.loop import start_ray
 
     rng, samples = np.random.default_rng(0), []

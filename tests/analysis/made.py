@@ -8,8 +8,9 @@ from PIL import Image
 
 from dfa.analysis.maps import MapLimits
 from dfa.analysis.sums import AnalysisSettings
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.samples import MaskFile, Sample
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 
 NAMES = ("cat", "dog")
 SETTINGS = AnalysisSettings(MapLimits(num_classes=3, max_pixels=10_000), nu_max=5, boundary=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dfa.data.planning import write_plan
 from dfa.data.sources import MaskFile
-from dfa.data.writer import finish, pending, write_plan, write_shard
+from dfa.data.writer import finish, pending, write_shard
 
 SETTINGS = {
     "class_names": ("cat", "dog"),

@@ -13,10 +13,11 @@ import yaml
 
 from dfa.data import shards, storage
 from dfa.data.classes import ClassSet
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.shards import BrokenShardError, load_index, read_samples, read_shard, samples_by_shard, verify
 from dfa.data.sources import CocoSource, Sample, VocSource, mask_array
 from dfa.data.transforms import decode_mask
-from dfa.data.writer import finish, pending, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, pending, write_shard
 from tests.data.object_store import address, object_store
 from tests.data.shard_sets import SETTINGS, contents, shard_all
 

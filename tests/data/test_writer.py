@@ -17,10 +17,12 @@ import webdataset
 from PIL import Image
 
 from dfa.data import storage
+from dfa.data.planning import plan_shards, write_plan
+from dfa.data.samples import summarize_rejects
 from dfa.data.shards import load_index, read_samples, read_shard, verify
 from dfa.data.sources import MaskFile, MaskSegments, Reject, Sample
 from dfa.data.transforms import decode_mask, decode_rgb
-from dfa.data.writer import finish, pending, plan_shards, summarize_rejects, write_plan
+from dfa.data.writer import finish, pending
 from tests.data.object_store import DisturbedWay, address, object_store
 from tests.data.shard_sets import SETTINGS, contents, save_image, save_mask, shard_all
 

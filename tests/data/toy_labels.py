@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.samples import MaskFile, Sample
 from dfa.data.shards import ShardIndex, read_samples
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 
 
 def png(mask_HW: np.ndarray) -> bytes:

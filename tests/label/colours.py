@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from dfa.data.classes import voc_palette
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.samples import MaskFile, Sample
 from dfa.data.shards import load_index
 from dfa.data.transforms import encode_mask
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.label import factory
 from dfa.label.crf import PRESETS
 from dfa.label.images import ShardImages

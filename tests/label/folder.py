@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from dfa.data import writer
+from dfa.data import planning, writer
 from dfa.data.classes import voc_palette
 from dfa.data.samples import Sample
 from dfa.data.shards import ShardIndex, sha256_of
@@ -118,8 +118,8 @@ def indexed_anew(root: Path) -> None:
 def write_images(root: Path, samples: Sequence[Sample], *, names: Sequence[str], per_shard: int) -> ShardIndex:
     """Write image shards of the samples in their order."""
     settings = {"seed": 0, "shuffle": False, "samples_per_shard": per_shard, "max_pixels": 10**7}
-    plan = writer.plan_shards(samples, class_names=tuple(names), **settings)
-    writer.write_plan(str(root), plan)
+    plan = planning.plan_shards(samples, class_names=tuple(names), **settings)
+    planning.write_plan(str(root), plan)
     for item in plan.items:
         writer.write_shard(str(root), item)
     return writer.finish(str(root), plan, max_reject_share=0.0)

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dfa.core.metrics import confusion_matrix
+from dfa.data.planning import plan_shards, write_plan
 from dfa.data.reading import CropSettings, Reader, remaining_items, shard_offsets
 from dfa.data.samples import MaskFile, Sample
 from dfa.data.shards import ShardIndex
 from dfa.data.stream import Batch, eval_batches, to_batch, train_stream
-from dfa.data.writer import finish, plan_shards, write_plan, write_shard
+from dfa.data.writer import finish, write_shard
 from dfa.train.objective import LossPart, Objective, OptimizerSettings, ParameterGroup
 from dfa.train.plan import LoopPlan, Readers
 from dfa.train.progress import Progress
