@@ -17,6 +17,7 @@ from dfa.build.model import (
     other_clips,
     patch_size,
     trained_segmenter,
+    uses_learned,
 )
 from dfa.build.predicting import (
     checkpoint_config,
@@ -130,9 +131,9 @@ def label_facts(config: Config) -> dict[str, str]:
     label, folder, classes = config.label, _checkpoint(config), class_set(config)
     info, from_cam = read_info(folder), label.unary == "cam"
     score = "not validated" if info.val_miou is None else f"validation mIoU {100 * info.val_miou:.1f} %"
-    unary = (
-        f"CAM ({config.cam.generator})" if from_cam else "model, " + ("restricted" if label.restrict else "all classes")
-    )
+    learned = "learned" if uses_learned(config, info.step) else "un-learned"
+    from_model = "model, " + ("restricted" if label.restrict else "all classes")
+    unary = f"CAM ({config.cam.generator}, {learned} affinities)" if from_cam else from_model
     evaluate = config.evaluate
     scales = evaluate.cam_scales if from_cam else evaluate.scales
     seen = _input_size(config)

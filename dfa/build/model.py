@@ -22,6 +22,8 @@ from dfa.train.checkpoint import WeightKind, find_checkpoint, load_weights, read
 
 _log = logging.getLogger(__name__)
 
+_HIGH_PRIORS = {"inverse": "high", "attention": "high_as_low"}  # of affinity.high_prior
+
 
 def device(config: Config) -> torch.device:
     """Where a job without workers of its own computes."""
@@ -128,14 +130,24 @@ def assemble(
     attention_blocks = tuple(range(max(0, blocks - settings.attention_blocks), blocks))
     if token_blocks[-1] >= blocks:
         raise ValueError(f"clip.token_blocks is {settings.token_blocks}, {settings.model} has {blocks} blocks")
+    keep_heads = config.affinity.heads == "all"
+    if keep_heads and settings.others:
+        raise ValueError("affinity.heads=all needs one CLIP: the attention of several (clip.others) is averaged")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        student = _student(config, clip.width, len(token_blocks), len(attention_blocks), num_classes)
+        num_maps = len(attention_blocks) * (clip.num_heads if keep_heads else 1)
+        student = _student(config, clip.width, len(token_blocks), num_maps, num_classes)
     return Segmenter(
         clip,
         bank_KE,
         student.to(clip.device),
-        encoder=EncoderSettings(token_blocks, attention_blocks, settings.similarity, settings.surgery_blocks),  # type: ignore[arg-type]
+        encoder=EncoderSettings(
+            token_blocks,
+            attention_blocks,
+            settings.similarity,  # type: ignore[arg-type]
+            settings.surgery_blocks,
+            keep_heads,
+        ),
         seed=_seed_settings(config, clip),
         sinkhorn_rounds=config.affinity.sinkhorn_rounds,
         second=second,
@@ -146,11 +158,18 @@ def trained_segmenter(config: Config, device: torch.device, which: str = "best")
     """The run's segmenter with the student of a checkpoint: `best`, `latest` or a step number; label.weights says which of its
     weights. Settings of the decoder and of the affinity that were others in training are told."""
     folder, weights = find_checkpoint(config.run, which), config.label.weights
-    if other := _other_settings(config, read_info(folder).model):
+    info = read_info(folder)
+    if other := _other_settings(config, info.model):
         _log.warning("%s was trained with other settings: %s", folder, "; ".join(other))
     built = segmenter(config, device)
     load_student(built, folder, class_names=class_set(config).names, kind=weights)  # type: ignore[arg-type]
+    built.use_learned = uses_learned(config, info.step)
     return built
+
+
+def uses_learned(config: Config, step: int) -> bool:
+    """Whether the affinities of a checkpoint of this step make labels, or the un-learned ones (affinity.use_from_step)."""
+    return step >= config.affinity.use_from_step
 
 
 def load_student(built: Segmenter, folder: str, *, class_names: Sequence[str], kind: WeightKind = "auto") -> None:
@@ -226,7 +245,7 @@ def _student(config: Config, width: int, num_tokens: int, num_attention: int, nu
     return Student(
         decoder_of(config, width, num_tokens, num_classes, grid_share=config.decoder.grid),
         pair_logit("low"),
-        pair_logit("high"),
+        pair_logit(_HIGH_PRIORS[affinity.high_prior]),
         source=affinity.source,  # type: ignore[arg-type]
     )
 
@@ -247,6 +266,7 @@ def _seed_settings(config: Config, clip: FrozenClip | ClipEnsemble) -> SeedSetti
         epsilon=cam.epsilon,
         max_iterations=cam.iterations,
         tolerance=cam.tolerance,
+        normalization=cam.normalization,
     )
 
 

@@ -47,13 +47,17 @@ class ClipEnsemble:
         attention_blocks: int | Sequence[int],
         similarity: Similarity,
         surgery_blocks: int,
+        keep_heads: bool = False,
         renormalize_rows: bool = False,
     ) -> Features:
         """As `FrozenClip.encode`, head means only; block numbers are the first one's. Where neither similarity nor attention is asked
         for, the others do nothing.
 
-        Raises ValueError as there, and for a bank that `text_bank` did not make.
+        Raises ValueError as there, for a bank that `text_bank` did not make, and for keep_heads: heads of several CLIPs have no
+        common order.
         """
+        if keep_heads:
+            raise ValueError("several CLIPs have their attention averaged: keep_heads needs one alone")
         banks = [None] * len(self.members) if text_bank_KE is None else self._banks(text_bank_KE)
         first = self.members[0]
         chosen = _indices(attention_blocks, first.num_blocks)

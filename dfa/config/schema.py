@@ -87,9 +87,14 @@ class AffinityConfig:
     """Affinities (METHOD 1.3-1.5)."""
 
     source: str = _choice("attention", "attention", "attention+features")
+    heads: str = _choice(
+        "mean", "mean", "all"
+    )  # channels of the learned maps: a block's mean over heads, or every head
+    high_prior: str = _choice("inverse", "inverse", "attention")  # where P_inv starts: as I - W, or as W
     hidden: int = _number(16, 1, 1024)
     clip: float = _number(5.0, 0.1, 50.0)
     sinkhorn_rounds: int = _number(3, 0, 100)
+    use_from_step: int = _number(0, 0, 100_000_000)  # labels before this step are made with the un-learned affinities
     encoder: str = ""  # timm name of a second frozen ViT whose token cosines are channels too; "": none
     encoder_checkpoint: str = "pretrained"  # timm's own weights, path of a weight file, or "random"
     encoder_blocks: int = _number(1, 1, 64)  # its last n blocks, one channel each
@@ -102,10 +107,16 @@ class FrequencyConfig:
     mu: float = _number(0.4, 0.0, 1.0)
     mu_as: str = _choice("half_width", "half_width", "side", "area")
     relation_gain: float = _number(5.0, 0.01, 100.0)
-    alignment: str = _choice("inside_mask", "inside_mask", "full_row")
-    use_quality_mask: bool = True
+    use_quality_mask: bool = True  # false: L_a transfers every pair
+    dense: str = _choice("mean", "mean", "row_mean", "share", "alpha")  # what M_d selects: core.rectify.dense_mask
+    dense_share: float = _number(0.5, 1e-3, 0.999)  # dense=share: of the pairs
+    teacher: str = _choice("softmax", "softmax", "logit", "sum")  # S_l as a distribution: core.rectify.alignment_loss
+    alignment: str = _choice("divergence", "divergence", "inside_mask", "full_row")  # likewise
     window: int = _number(9, 0, 10_000)  # METHOD 1.11; 9 belongs to a 20 x 20 grid
     resolve_unreliable: bool = True
+    rectified_pairs: str = _choice(
+        "all", "all", "foreground"
+    )  # foreground: pairs of two background patches do not count
 
 
 @dataclass
@@ -117,14 +128,17 @@ class CamConfig:
     lambda_high: float = _number(0.1, 0.0, 100.0)
     form: str = _choice("propagate", "row_term", "row_term_foreground", "propagate", "both")
     propagation: int = _number(1, 1, 16)  # how often the affinity is applied
-    columns: str = _choice("prompts", "prompts", "constant")  # the background's columns in the transport
+    columns: str = _choice("strongest", "strongest", "prompts", "constant")  # the background's: label.seed.SeedSettings
     constant: float = _number(0.5, 0.0, 1.0)  # score of the constant column
     scale: float = _number(0.0, 0.0, 1000.0)  # on cosines; 0: the CLIP's own exp(logit_scale)
-    marginal: str = _choice("softmax_mean", "softmax_mean", "softmax_sum", "uniform")
-    marginal_temperature: float = _number(0.5, 1e-3, 100.0)
+    marginal: str = _choice("area", "area", "softmax_mean", "softmax_sum", "uniform")  # core.transport.class_marginal
+    marginal_temperature: float = _number(0.15, 1e-3, 100.0)  # of the marginal's softmax
     epsilon: float = _number(0.1, 1e-3, 10.0)
     iterations: int = _number(100, 1, 10_000)
     tolerance: float = _number(1e-3, 1e-9, 1.0)
+    normalization: str = _choice(
+        "row", "row", "column"
+    )  # of the plan: a patch's shares, or each column over its maximum
     background: str = _choice("constant", "constant", "power", "prompts")
     threshold: float = _number(0.4, 0.0, 1.0)  # of the constant background
     power: float = _number(1.0, 0.01, 20.0)

@@ -4,14 +4,14 @@ METHOD rows 1.3 to 1.5 (DFA, "Dual-path Frequency-domain Affinity Generation").
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 PairSource = Literal["attention", "attention+features"]
-Prior = Literal["low", "high"]
+Prior = Literal["low", "high", "high_as_low"]
 
 # Pairs handled at once: the hidden layer of a chunk stays in the processor's cache, or fills an accelerator.
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 16_384, 1_048_576
@@ -90,7 +90,8 @@ class PairLogit(nn.Module):
     of the attention channels (times N), and `c`, the symmetrised mean cosine (0 where there are none):
 
     - low: `log a + gain c` with log a clipped, so that `positive` returns `a e^(gain c)`: un-learned, the mean attention;
-    - high: `a + gain c` with a clipped: I - W is far above 0 on the diagonal and -N W off it.
+    - high: `a + gain c` with a clipped: I - W is far above 0 on the diagonal and -N W off it;
+    - high_as_low: the channels are the inverse attention, the prior is that of the attention itself, `low`.
 
     Our reading throughout: the paper says MLP and no more. scale, bias and gain (starting at 1, 0 and 1) are learned too.
     No gradient reaches the channels. The hidden layer is never kept: it is computed again, chunk by chunk, in the backward pass.
@@ -104,8 +105,8 @@ class PairLogit(nn.Module):
             raise ValueError(f"hidden must be at least 1 and clip above 0, got {hidden} and {clip}")
         if not 0 <= num_feature_channels < num_channels:
             raise ValueError(f"{num_feature_channels} feature channels of {num_channels} leave none for the attention")
-        if prior not in ("low", "high"):
-            raise ValueError(f"prior must be low or high, got {prior!r}")
+        if prior not in get_args(Prior):
+            raise ValueError(f"prior must be one of {get_args(Prior)}, got {prior!r}")
         self.num_channels, self.num_feature_channels = num_channels, num_feature_channels
         self.clip, self.prior = clip, prior
         self.first = nn.Linear(num_channels, hidden)
@@ -128,25 +129,34 @@ class PairLogit(nn.Module):
             weights = [weight.float() for weight in (self.first.weight, self.first.bias, self.last.weight)]
             output_BP = _PairwiseMlp.apply(channels_BXNN.flatten(2), multiplier_X, self.clip, *weights)
             output_BNN = output_BP.view(num_images, num_patches, num_patches)
-            prior_BNN = self.scale.float() * self._prior(channels_BXNN) + self.bias.float()
+            gain = 0.0 if self.gain is None else self.gain.float()
+            prior_BNN = self.scale.float() * self._prior(channels_BXNN, gain=gain) + self.bias.float()
             return prior_BNN + 0.5 * (output_BNN + output_BNN.mT)
 
     def positive(self, logit_BNN: Tensor) -> Tensor:
         """`exp(clip(l))`, what Norm takes: entries in [e^-clip, e^clip]."""
         return logit_BNN.clamp(-self.clip, self.clip).exp_()
 
-    def _prior(self, channels_BXNN: Tensor) -> Tensor:
+    def unlearned(self, channels_BXNN: Tensor) -> Tensor:
+        """The logit that this module had before its first step: the prior alone, BNN. channels: see `forward`."""
+        with torch.no_grad(), torch.autocast(channels_BXNN.device.type, enabled=False):
+            return self._prior(channels_BXNN, gain=1.0)
+
+    def _prior(self, channels_BXNN: Tensor, *, gain: Tensor | float) -> Tensor:
         num_patches, num_attention = channels_BXNN.shape[-1], self.num_channels - self.num_feature_channels
         mean_BNN = channels_BXNN[:, :num_attention].mean(1, dtype=torch.float32)
         mean_BNN = (0.5 * num_patches) * (mean_BNN + mean_BNN.mT)
-        if self.prior == "low":
+        if self.prior == "high_as_low":
+            mean_BNN = mean_BNN.neg_()
+            mean_BNN.diagonal(dim1=-2, dim2=-1).add_(num_patches)
+        if self.prior in ("low", "high_as_low"):
             # Below exp(-clip) everything is alike to `positive`; the floor also keeps log away from 0.
             mean_BNN = mean_BNN.clamp_min(torch.finfo(torch.float32).tiny).log()
         prior_BNN = mean_BNN.clamp(-self.clip, self.clip)
         if self.gain is None:
             return prior_BNN
         cosine_BNN = channels_BXNN[:, num_attention:].mean(1, dtype=torch.float32)
-        return prior_BNN + (0.5 * self.gain.float()) * (cosine_BNN + cosine_BNN.mT)
+        return prior_BNN + (0.5 * gain) * (cosine_BNN + cosine_BNN.mT)
 
 
 @torch.no_grad()
@@ -200,6 +210,8 @@ def _both_of_one(
     inverse_NN = mean_NN.neg()
     inverse_NN.diagonal().add_(num_patches)
     mean_NN.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+    if high.prior == "high_as_low":
+        inverse_NN = mean_NN.clone()
     for pair, prior_NN, logit_NN in zip((low, high), (mean_NN, inverse_NN), logit_2NN, strict=True):
         if pair.gain is not None and mean_cosine_NN is not None:
             logit_NN.addcmul_(mean_cosine_NN, pair.scale.float() * pair.gain.float())

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ScoringForm = Literal["row_term", "row_term_foreground", "propagate", "both"]
 
@@ -19,10 +20,28 @@ def class_scores(similarity_BNK: Tensor, column_mask_BK: Tensor, *, scale: float
     scale: 20 for the tiny model, exp(logit_scale) for real CLIP. Returns fp32 BNK; present columns reach 1 at their best patch.
     """
     logit_BNK = (scale * similarity_BNK.float()).masked_fill(~column_mask_BK[:, None, :], -torch.inf)
-    # Divided by the maximum as logarithms: a column that is never anywhere near the best would underflow to 0 / 0.
-    log_share_BNK = torch.log_softmax(logit_BNK, dim=-1)
-    peak_B1K = log_share_BNK.amax(1, keepdim=True).masked_fill(~column_mask_BK[:, None, :], 0.0)
-    return (log_share_BNK - peak_B1K).exp()
+    return _over_peak(torch.log_softmax(logit_BNK, dim=-1), column_mask_BK)
+
+
+def strongest_background(
+    similarity_BNK: Tensor, column_mask_BK: Tensor, *, num_foreground: int, scale: float
+) -> Tensor:
+    """One score in [0, 1] for all background prompts, BN1: the probability that the strongest of them beats the strongest present
+    class, `sigmoid(scale (max_b S - max_f S))`, over its maximum in the image (our reading, METHOD 1.15).
+
+    similarity_BNK: cosines, the first num_foreground columns are classes. How many prompts are true of an image, and how many were
+    listed, hardly matters: of a sum of their shares it would decide.
+    """
+    logit_BNK = (scale * similarity_BNK.float()).masked_fill(~column_mask_BK[:, None, :], -torch.inf)
+    best_BN, rest_BN = (part.amax(-1) for part in logit_BNK.tensor_split([num_foreground], dim=-1))
+    log_score_BN1 = functional.logsigmoid(rest_BN - best_BN)[:, :, None]
+    return _over_peak(log_score_BN1, torch.ones_like(column_mask_BK[:, :1]))
+
+
+def _over_peak(log_score_BNK: Tensor, column_mask_BK: Tensor) -> Tensor:
+    """Each column over its maximum. As logarithms: a column that is never anywhere near the best would underflow to 0 / 0."""
+    peak_B1K = log_score_BNK.amax(1, keepdim=True).masked_fill(~column_mask_BK[:, None, :], 0.0)
+    return (log_score_BNK - peak_B1K).exp()
 
 
 def min_max(map_BNK: Tensor, column_mask_BK: Tensor) -> Tensor:
@@ -55,7 +74,7 @@ def refine_elementwise(affinity_low_BNN: Tensor, score_BNK: Tensor, affinity_hig
 
 
 def scoring_matrix(
-    affinity_low_BNN: Tensor,
+    low_BNK: Tensor,
     score_BNK: Tensor,
     affinity_high_BNN: Tensor,
     column_mask_BK: Tensor,
@@ -69,7 +88,8 @@ def scoring_matrix(
     """The matrix `O` that transport maximises, BNK, fp32 (METHOD 1.14, DFA's FG CAM generation).
 
     `O = lambda_l m(A_la S) + lambda_h H`, m the min-max per column (our reading, 1b: a near-uniform A_la leaves tiny amplitudes and
-    lambda_l would have no effect). affinities: rows are the patches that receive. score_BNK: `S`. H by `form`:
+    lambda_l would have no effect). low_BNK: `m(A_la S)`. score_BNK: `S`. affinity_high_BNN: rows are the patches that receive. H by
+    `form`:
 
     - row_term: `A_ha_bar[i]` in every present column, as printed; the row marginal of a transport absorbs it;
     - row_term_foreground: the same in foreground columns only, which does move mass;
@@ -80,7 +100,7 @@ def scoring_matrix(
     """
     if form not in ("row_term", "row_term_foreground", "propagate", "both"):
         raise ValueError(f"form must be row_term, row_term_foreground, propagate or both, got {form!r}")
-    scoring_BNK = lambda_low * min_max(propagate(affinity_low_BNN, score_BNK), column_mask_BK)
+    scoring_BNK = lambda_low * low_BNK.float()
     if form in ("propagate", "both"):
         scoring_BNK = scoring_BNK + lambda_high * min_max(propagate(affinity_high_BNN, score_BNK), column_mask_BK)
     if form != "propagate":

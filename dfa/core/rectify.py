@@ -12,8 +12,14 @@ from torch.nn import functional
 
 from dfa.core.void import VOID
 
-Student = Literal["inside_mask", "full_row"]
+DenseRule = Literal["mean", "row_mean", "share", "alpha"]
+Teacher = Literal["softmax", "logit", "sum"]
+Student = Literal["divergence", "inside_mask", "full_row"]
+RectifiedPairs = Literal["all", "foreground"]
 Pair = tuple[Tensor, Tensor]
+
+# A finite floor, not -inf: a row without a supported pair must not make NaN, not even times zero.
+_FLOOR = torch.finfo(torch.float32).min / 2
 
 
 @torch.no_grad()
@@ -32,41 +38,96 @@ def relations(features_BDN: Tensor, *, gain: float) -> Tensor:
 
 
 @torch.no_grad()
-def quality_mask(teacher_BNN: Tensor, affinity_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """`alpha = mean_ij |S_l - A_s|` per image and `M_d = [S_l > alpha]` (METHOD 1.8; supplement eq. 1).
+def dense_mask(
+    teacher_BNN: Tensor, affinity_BNN: Tensor, visible_BNN: Tensor, *, rule: DenseRule, share: float
+) -> Tensor:
+    """`M_d = [S_l > alpha]`, the dense and confident relations that L_a transfers, bool BNN (METHOD 1.8; supplement eq. 1).
 
-    Returns mask_BNN (bool) and alpha_B. Our reading: the printed sum is ~1e5 while S_l <= 1, so M_d would be empty: the mean.
+    teacher_BNN: S_l. affinity_BNN: A_s in [0, 1]. visible_BNN: pairs that count; the others are not selected, and no threshold
+    is made of them. rule, what S_l must exceed:
+
+    - mean: the mean of S_l in the image (our reading, the default): about half of the pairs;
+    - row_mean: the mean of S_l in the pair's row;
+    - share: what all but the greatest `share` of the image's pairs stay below;
+    - alpha: the print, `alpha = sum_ij |S_l - A_s|`, as the mean per image: the printed sum is ~1e5 while S_l <= 1, so M_d would be
+      empty. It knows nothing of which pairs are dense: it says how far A_s is from S_l, and falls as training brings them together.
     """
-    teacher_BNN, affinity_BNN = teacher_BNN.float(), affinity_BNN.float()
-    alpha_B = (teacher_BNN - affinity_BNN).abs().mean((1, 2))
-    return teacher_BNN > alpha_B[:, None, None], alpha_B
+    teacher_BNN = teacher_BNN.float()
+    if rule == "mean":
+        alpha_B11 = _visible_mean(teacher_BNN, visible_BNN, (1, 2))
+    elif rule == "row_mean":
+        alpha_B11 = _visible_mean(teacher_BNN, visible_BNN, (2,))
+    elif rule == "share":
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {share}")
+        hidden_BP = teacher_BNN.masked_fill(~visible_BNN, torch.nan).flatten(1)
+        alpha_B11 = hidden_BP.nanquantile(1 - share, dim=1)[:, None, None]
+    elif rule == "alpha":
+        alpha_B11 = _visible_mean((teacher_BNN - affinity_BNN.float()).abs(), visible_BNN, (1, 2))
+    else:
+        raise ValueError(f"rule must be mean, row_mean, share or alpha, got {rule!r}")
+    return visible_BNN & (teacher_BNN > alpha_B11)
 
 
-def alignment_loss(teacher_BNN: Tensor, logit_BNN: Tensor, mask_BNN: Tensor, *, student: Student) -> Pair:
-    """`L_a = 1/sum(M_d) sum M_d S~ log(S~ / A~)`, tilde a row softmax, S_l the teacher (METHOD 1.9): total and sum(M_d).
+def _visible_mean(value_BNN: Tensor, visible_BNN: Tensor, axes: tuple[int, ...]) -> Tensor:
+    count = visible_BNN.sum(axes, keepdim=True).clamp_min(1)
+    return (value_BNN * visible_BNN).sum(axes, keepdim=True) / count
+
+
+def alignment_loss(
+    teacher_BNN: Tensor,
+    logit_BNN: Tensor,
+    mask_BNN: Tensor,
+    visible_BNN: Tensor,
+    *,
+    teacher: Teacher,
+    student: Student,
+) -> Pair:
+    """`L_a = 1/sum(M_d) sum M_d S~ log(S~ / A~)`, S~ and A~ distributions over a row's pairs (METHOD 1.9): total and sum(M_d).
 
     teacher_BNN: S_l. logit_BNN: the logits of the learned A_s (our reading: the doubly stochastic matrix has entries ~1/N and no
-    gradient to speak of). mask_BNN: M_d. student: `inside_mask` normalises both distributions over the masked entries of a row, a
-    Kullback-Leibler divergence per row (our reading); `full_row` normalises both over the whole row and then masks, as printed,
-    which is no divergence and may be negative. Rows without a masked entry add nothing.
+    gradient to speak of). mask_BNN: M_d. visible_BNN: pairs that count at all; M_d lies inside. Rows without a pair in M_d add
+    nothing.
+
+    teacher, how S_l becomes a distribution: `softmax` of S_l as printed, whose contrast is at most e; `logit`, the softmax of the
+    sigmoid's argument; `sum`, S_l over its sum.
+
+    student, over which pairs the two are distributions:
+
+    - divergence (our reading, the default): S~ over M_d, A~ over the whole row, a Kullback-Leibler divergence whose target has the
+      support M_d. Mass of A_s moves into the dense relations and leaves all others, which is what the paper asks for;
+    - inside_mask: both over M_d. Nothing is asked of the pairs outside, and S~ is nearly flat: the map becomes flat on M_d;
+    - full_row: both over the whole row and then masked, as printed; no divergence, may be negative.
     """
-    if student not in ("inside_mask", "full_row"):
-        raise ValueError(f"student must be inside_mask or full_row, got {student!r}")
+    if student not in ("divergence", "inside_mask", "full_row"):
+        raise ValueError(f"student must be divergence, inside_mask or full_row, got {student!r}")
     with torch.autocast(logit_BNN.device.type, enabled=False):
         teacher_BNN, logit_BNN = teacher_BNN.detach().float(), logit_BNN.float()
-        if student == "inside_mask":
-            # A finite floor, not -inf: a row without a masked entry must not make NaN, not even times zero.
-            floor = torch.finfo(torch.float32).min / 2
-            teacher_BNN = teacher_BNN.masked_fill(~mask_BNN, floor)
-            logit_BNN = logit_BNN.masked_fill(~mask_BNN, floor)
-        log_teacher_BNN = torch.log_softmax(teacher_BNN, dim=-1)
+        log_teacher_BNN = _log_distribution(teacher_BNN, visible_BNN if student == "full_row" else mask_BNN, teacher)
+        support_BNN = mask_BNN if student == "inside_mask" else visible_BNN
+        log_student_BNN = torch.log_softmax(logit_BNN.masked_fill(~support_BNN, _FLOOR), dim=-1)
         weight_BNN = log_teacher_BNN.exp() * mask_BNN
-        total = (weight_BNN * (log_teacher_BNN - torch.log_softmax(logit_BNN, dim=-1))).sum()
+        total = (weight_BNN * (log_teacher_BNN - log_student_BNN)).sum()
     return total, mask_BNN.sum().float()
 
 
+def _log_distribution(relation_BNN: Tensor, support_BNN: Tensor, kind: Teacher) -> Tensor:
+    """Logarithms of S_l as a distribution over the supported pairs of each row."""
+    if kind == "softmax":
+        logit_BNN = relation_BNN
+    elif kind == "logit":
+        logit_BNN = torch.logit(relation_BNN, eps=1e-6)
+    elif kind == "sum":
+        logit_BNN = relation_BNN.clamp_min(1e-6).log()
+    else:
+        raise ValueError(f"teacher must be softmax, logit or sum, got {kind!r}")
+    return torch.log_softmax(logit_BNN.masked_fill(~support_BNN, _FLOOR), dim=-1)
+
+
 @torch.no_grad()
-def reliable_masks(relations_BNN: Tensor, label_BN: Tensor, *, void: int = VOID) -> tuple[Tensor, Tensor, Tensor]:
+def reliable_masks(
+    relations_BNN: Tensor, label_BN: Tensor, *, void: int = VOID, pairs: RectifiedPairs = "all"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs on which features and pseudo-labels agree: positive_BNN, negative_BNN and known_BNN, bool (METHOD 1.10, DFA's HFAR).
 
     `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, void ignored.
@@ -74,6 +135,10 @@ def reliable_masks(relations_BNN: Tensor, label_BN: Tensor, *, void: int = VOID)
     """
     valid_BN = label_BN != void
     known_BNN = valid_BN[:, :, None] & valid_BN[:, None, :]
+    if pairs == "foreground":
+        known_BNN &= (label_BN > 0)[:, :, None] | (label_BN > 0)[:, None, :]
+    elif pairs != "all":
+        raise ValueError(f"pairs must be all or foreground, got {pairs!r}")
     num_known_B = known_BNN.sum((1, 2)).clamp_min(1)
     mean_B = (relations_BNN * known_BNN).sum((1, 2)) / num_known_B
     close_BNN = relations_BNN > mean_B[:, None, None]

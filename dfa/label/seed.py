@@ -16,12 +16,14 @@ from dfa.core.cam import (
     propagate,
     refine_elementwise,
     scoring_matrix,
+    strongest_background,
 )
 from dfa.core.transport import MarginalKind, class_marginal, sinkhorn_plan
 from dfa.label.pseudo import present_classes
 
 Generator = Literal["similarity", "affinity", "elementwise", "transport"]
-Columns = Literal["prompts", "constant"]
+Columns = Literal["strongest", "prompts", "constant"]
+Normalization = Literal["row", "column"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class SeedSettings:
         paper's FG CAM: entropic transport over the scoring matrix. The first three are its ablation.
     scale: factor on the cosines before the softmax over the present columns.
     propagation: how often A_la is applied to S.
-    columns: the background's columns in the transport: one for each background prompt, or a single `constant` one.
+    columns: the background's columns: a single one for the `strongest` prompt of each patch
+        (`dfa.core.cam.strongest_background`), one for each of the `prompts`, or in the transport a single `constant` one.
+    normalization: how a plan becomes maps. `row`: a patch's mass over the patch's whole mass, a posterior, so that the maps of an
+        image compete with each other and with the background. `column`: the print (METHOD 1.17), over the column's maximum,
+        which forgets how columns compare.
     Others: see `dfa.core.cam.scoring_matrix`, `dfa.core.transport.class_marginal` and `sinkhorn_plan`.
     """
 
@@ -49,8 +55,11 @@ class SeedSettings:
     epsilon: float
     max_iterations: int
     tolerance: float
+    normalization: Normalization
 
     def __post_init__(self) -> None:
+        if self.normalization not in get_args(Normalization):
+            raise ValueError(f"normalization must be one of {get_args(Normalization)}, got {self.normalization!r}")
         if self.generator not in get_args(Generator):
             raise ValueError(f"generator must be one of {get_args(Generator)}, got {self.generator!r}")
         if self.columns not in get_args(Columns):
@@ -61,8 +70,11 @@ class SeedSettings:
 
 @dataclass(frozen=True)
 class Seeds:
-    """cam_BNC: foreground CAM in [0, 1], each present class reaching 1 somewhere, 0 for absent classes.
-    background_BN: the strongest background column, in [0, 1]."""
+    """cam_BNC: foreground CAM in [0, 1], 0 for absent classes. background_BN: the background's map, in [0, 1].
+
+    A plan normalised by rows gives posteriors: all maps of a patch sum to 1. Everything else reaches 1 somewhere in each present
+    class, and the background's map is that of its strongest column.
+    """
 
     cam_BNC: Tensor
     background_BN: Tensor
@@ -107,19 +119,29 @@ def make_seeds(
     class_BM = present_classes(labels_BC)
     column_BK, mask_BK = _columns(class_BM, num_classes, num_columns)
     similarity_BNK = similarity_BNK.gather(2, column_BK[:, None, :].expand(-1, similarity_BNK.shape[1], -1))
+    num_slots = class_BM.shape[1]
     score_BNK = class_scores(similarity_BNK, mask_BK, scale=settings.scale)
+    if settings.columns == "strongest":
+        background_BN1 = strongest_background(similarity_BNK, mask_BK, num_foreground=num_slots, scale=settings.scale)
+        score_BNK = torch.cat([score_BNK[:, :, :num_slots], background_BN1], dim=2)
+        mask_BK = mask_BK[:, : num_slots + 1]
     if settings.generator == "similarity":
-        return _seeds(score_BNK, class_BM, num_classes)
+        return _seeds(max_normalize(score_BNK), class_BM, num_classes)
     if affinities is None:
         raise ValueError(f"the generator {settings.generator!r} needs affinities")
     if settings.generator == "transport" and settings.columns == "constant":
-        num_slots = class_BM.shape[1]  # the prompts have had their part, in the softmax
+        # The prompts have had their part, in the softmax.
         score_BNK, mask_BK = score_BNK[:, :, :num_slots], mask_BK[:, :num_slots]
     groups = [affinities] if isinstance(affinities, Affinities) else affinities
-    score_BNK, map_BNK = _refine_groups(score_BNK, mask_BK, class_BM.shape[1], groups, settings)
-    if settings.generator == "transport":
-        map_BNK = _transport(score_BNK, map_BNK, mask_BK, settings)
-    return _seeds(map_BNK, class_BM, num_classes)
+    refined = _refine_groups(score_BNK, mask_BK, num_slots, groups, settings)
+    if settings.generator != "transport":
+        return _seeds(max_normalize(refined.map_BNK), class_BM, num_classes)
+    plan_BNK = _transport(refined, mask_BK, settings)
+    if settings.normalization == "column":
+        return _seeds(max_normalize(plan_BNK), class_BM, num_classes)
+    share_BNK = plan_BNK / plan_BNK.sum(-1, keepdim=True)
+    background_BN1 = share_BNK[:, :, num_slots:].sum(-1, keepdim=True)
+    return _seeds(torch.cat([share_BNK[:, :, :num_slots], background_BN1], dim=2), class_BM, num_classes)
 
 
 def _columns(class_BM: Tensor, num_classes: int, num_columns: int) -> tuple[Tensor, Tensor]:
@@ -129,33 +151,46 @@ def _columns(class_BM: Tensor, num_classes: int, num_columns: int) -> tuple[Tens
     return torch.cat([(class_BM - 1).clamp(min=0), background], dim=1), mask_BK
 
 
+@dataclass(frozen=True)
+class _Refined:
+    """score_BNK: scores after all but the last propagation. low_BNK: `m(A_la S)`. map_BNK: what the generator makes of them."""
+
+    score_BNK: Tensor
+    low_BNK: Tensor
+    map_BNK: Tensor
+
+
 def _refine_groups(
     score_BNK: Tensor, mask_BK: Tensor, num_foreground: int, groups: Iterable[Affinities], settings: SeedSettings
-) -> tuple[Tensor, Tensor]:
-    """Scores after all but the last propagation, and the map that the generator makes of them, group after group."""
-    parts, done = list[tuple[Tensor, Tensor]](), 0
+) -> _Refined:
+    """Group after group."""
+    parts, done = list[_Refined](), 0
     for group in groups:
         rows = slice(done, done + len(group.low_BNN))
         parts.append(_refine(score_BNK[rows], mask_BK[rows], num_foreground, group, settings))
         done = rows.stop
     if done != len(score_BNK):
         raise ValueError(f"affinities of {done} images for the similarity of {len(score_BNK)}")
-    return torch.cat([score for score, _ in parts]), torch.cat([made for _, made in parts])
+    return _Refined(
+        *(torch.cat(each) for each in zip(*((p.score_BNK, p.low_BNK, p.map_BNK) for p in parts), strict=True))
+    )
 
 
 def _refine(
     score_BNK: Tensor, mask_BK: Tensor, num_foreground: int, affinities: Affinities, settings: SeedSettings
-) -> tuple[Tensor, Tensor]:
+) -> _Refined:
     for _ in range(settings.propagation - 1):
         score_BNK = propagate(affinities.low_BNN, score_BNK)
-    if settings.generator == "affinity":
-        return score_BNK, min_max(propagate(affinities.low_BNN, score_BNK), mask_BK)
     if settings.generator == "elementwise":
-        return score_BNK, refine_elementwise(affinities.low_BNN, score_BNK, affinities.high_BNN)
+        map_BNK = refine_elementwise(affinities.low_BNN, score_BNK, affinities.high_BNN)
+        return _Refined(score_BNK, map_BNK, map_BNK)
+    low_BNK = min_max(propagate(affinities.low_BNN, score_BNK), mask_BK)
+    if settings.generator == "affinity":
+        return _Refined(score_BNK, low_BNK, low_BNK)
     if settings.form != "propagate" and affinities.reliability_BN is None:
         raise ValueError(f"the form {settings.form!r} needs the affinities' reliability_BN, got None")
-    return score_BNK, scoring_matrix(
-        affinities.low_BNN,
+    map_BNK = scoring_matrix(
+        low_BNK,
         score_BNK,
         affinities.high_BNN,
         mask_BK,
@@ -165,15 +200,21 @@ def _refine(
         form=settings.form,
         row_term_BN=affinities.reliability_BN,
     )
+    return _Refined(score_BNK, low_BNK, map_BNK)
 
 
-def _transport(score_BNK: Tensor, scoring_BNK: Tensor, mask_BK: Tensor, settings: SeedSettings) -> Tensor:
+def _transport(refined: _Refined, mask_BK: Tensor, settings: SeedSettings) -> Tensor:
+    scoring_BNK = refined.map_BNK
+    # Area is what A_la makes of S; the other kinds are of S itself, as printed.
+    counted_BNK = refined.low_BNK if settings.marginal == "area" else refined.score_BNK
     if settings.columns == "constant":
-        scoring_BNK, score_BNK = (
-            functional.pad(each, (0, 1), value=settings.constant) for each in (scoring_BNK, score_BNK)
+        scoring_BNK, counted_BNK = (
+            functional.pad(each, (0, 1), value=settings.constant) for each in (scoring_BNK, counted_BNK)
         )
         mask_BK = functional.pad(mask_BK, (0, 1), value=True)
-    marginal_BK = class_marginal(score_BNK, mask_BK, kind=settings.marginal, temperature=settings.marginal_temperature)
+    marginal_BK = class_marginal(
+        counted_BNK, mask_BK, kind=settings.marginal, temperature=settings.marginal_temperature
+    )
     return sinkhorn_plan(
         scoring_BNK,
         marginal_BK,
@@ -184,9 +225,9 @@ def _transport(score_BNK: Tensor, scoring_BNK: Tensor, mask_BK: Tensor, settings
     ).plan_BNK
 
 
-def _seeds(map_BNK: Tensor, class_BM: Tensor, num_classes: int) -> Seeds:
+def _seeds(cam_BNK: Tensor, class_BM: Tensor, num_classes: int) -> Seeds:
     """The slots of class_BM back to their columns; the unused ones fall on a column that is cut off."""
-    cam_BNK, num_slots = max_normalize(map_BNK), class_BM.shape[1]
+    num_slots = class_BM.shape[1]
     cam_BNC = cam_BNK.new_zeros(*cam_BNK.shape[:2], num_classes + 1)
     index_BNM = class_BM[:, None, :].expand(-1, cam_BNK.shape[1], -1)
     cam_BNC.scatter_(2, index_BNM, cam_BNK[:, :, :num_slots])

@@ -24,13 +24,14 @@ class EncoderSettings:
     """What the frozen pass returns (see `FrozenClip.encode`).
 
     token_blocks feed the decoder, attention_blocks the affinities: 0-based block numbers. The student's feature
-    channels read the tokens of token_blocks.
+    channels read the tokens of token_blocks. keep_heads: a map of attention for each head, not their mean.
     """
 
     token_blocks: tuple[int, ...]
     attention_blocks: tuple[int, ...]
     similarity: Similarity
     surgery_blocks: int
+    keep_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Segmenter:
 
     A plain object: it may be held by an nn.Module without registering CLIP's frozen weights.
 
-    bank_KE: text bank, foreground classes first. second: an encoder whose tokens the affinities compare too.
+    bank_KE: text bank, foreground classes first. second: an encoder whose tokens the affinities compare too. use_learned (may be
+    set): whether seeds are made with the learned affinities or with the un-learned ones.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Segmenter:
     ) -> None:
         self.clip, self.bank_KE, self.student, self.second = clip, bank_KE, student, second
         self.encoder, self.seed, self.sinkhorn_rounds = encoder, seed, sinkhorn_rounds
+        self.use_learned = True
 
     @property
     def patch_size(self) -> int:
@@ -87,13 +90,14 @@ class Segmenter:
             similarity=self.encoder.similarity if with_similarity else "raw",
             surgery_blocks=self.encoder.surgery_blocks,
             renormalize_rows=True,
+            keep_heads=self.encoder.keep_heads,
         )
         if self.second is None or not with_attention:
             return features
         return replace(features, second_BMNE=self.second.tokens(image_B3HW, features.grid))
 
     def affinities(self, low_logit_BNN: Tensor, high_logit_BNN: Tensor) -> Affinities:
-        """A_la and A_ha from the learned logits, without gradient (METHOD 1.5, 1.13)."""
+        """A_la and A_ha from the learned logits, A_s and A_inv from un-learned ones; without gradient (METHOD 1.5, 1.13)."""
         with torch.no_grad():
             return Affinities(
                 symmetric_affinity(self.student.low.positive(low_logit_BNN), rounds=self.sinkhorn_rounds),
@@ -204,8 +208,8 @@ class Segmenter:
         second_BMNE, count = features.second_BMNE, len(features.attention_BLNN)
         for part in (slice(start, start + size) for start in range(0, count, size)):
             second = None if second_BMNE is None else second_BMNE[part]
-            logits = self.student.pair_logits(features.tokens_BLND[part], features.attention_BLNN[part], second)
-            yield self.affinities(*logits)
+            make = self.student.pair_logits if self.use_learned else self.student.unlearned_logits
+            yield self.affinities(*make(features.tokens_BLND[part], features.attention_BLNN[part], second))
 
     def _in_parts(self, forward: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
         """`forward(views, their place)` of all views, on a processor in parts of _PATCHES_AT_ONCE."""

@@ -56,12 +56,17 @@ class Student(nn.Module):
         compared_BXND = self._compared(tokens_BLND, second_BMNE)
         if not torch.is_grad_enabled():
             return both_logits(self.low, self.high, attention_BLNN, compared_BXND)
-        source: PairSource = "attention" if compared_BXND is None else "attention+features"
-        channels_BXNN = pair_channels(attention_BLNN, compared_BXND, source=source)
-        inverse_BLNN = inverse_attention(attention_BLNN)
-        features_BXNN = channels_BXNN[:, attention_BLNN.shape[1] :]  # the cosines serve both bands
-        inverse_BXNN = torch.cat([inverse_BLNN, features_BXNN], dim=1) if features_BXNN.shape[1] else inverse_BLNN
+        channels_BXNN, inverse_BXNN = _channels(attention_BLNN, compared_BXND)
         return self.low(channels_BXNN), self.high(inverse_BXNN)
+
+    @torch.no_grad()
+    def unlearned_logits(
+        self, tokens_BLND: Tensor, attention_BLNN: Tensor, second_BMNE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `pair_logits` gave before the first step: the un-learned A_s and A_inv (METHOD 1.3)."""
+        compared_BXND = self._compared(tokens_BLND, second_BMNE)
+        channels_BXNN, inverse_BXNN = _channels(attention_BLNN, compared_BXND)
+        return self.low.unlearned(channels_BXNN), self.high.unlearned(inverse_BXNN)
 
     def _compared(self, tokens_BLND: Tensor, second_BMNE: Tensor | None) -> Tensor | None:
         """The tokens whose cosines are feature channels, those of both encoders as wide as the wider one: zeros behind a token
@@ -80,3 +85,13 @@ class Student(nn.Module):
             "decoder": list(self.decoder.parameters()),
             "affinity": [*self.low.parameters(), *self.high.parameters()],
         }
+
+
+def _channels(attention_BLNN: Tensor, compared_BXND: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the low and the high map read; the cosines serve both."""
+    source: PairSource = "attention" if compared_BXND is None else "attention+features"
+    channels_BXNN = pair_channels(attention_BLNN, compared_BXND, source=source)
+    inverse_BLNN = inverse_attention(attention_BLNN)
+    features_BXNN = channels_BXNN[:, attention_BLNN.shape[1] :]
+    inverse_BXNN = torch.cat([inverse_BLNN, features_BXNN], dim=1) if features_BXNN.shape[1] else inverse_BLNN
+    return channels_BXNN, inverse_BXNN

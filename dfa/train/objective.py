@@ -46,6 +46,9 @@ class Objective(nn.Module):
         """Every registered parameter in exactly one group."""
         raise NotImplementedError
 
+    def begin_step(self, step: int) -> None:
+        """Told before each step's forward passes which one it is, 0-based, after a resume too. Does nothing by itself."""
+
     def forward(self, batch: Batch) -> list[LossPart]:
         """The parts of the loss, always the same names in the same order."""
         raise NotImplementedError

@@ -10,15 +10,18 @@ from torch import Tensor
 from dfa.clip import Features
 from dfa.core.analysis.truncation import block_annotation
 from dfa.core.metrics import confusion_matrix
-from dfa.core.rectify import Student as AlignmentStudent
 from dfa.core.rectify import (
+    DenseRule,
+    RectifiedPairs,
+    Teacher,
     alignment_loss,
-    quality_mask,
+    dense_mask,
     rectification_loss,
     relations,
     reliable_masks,
     resolve_unreliable,
 )
+from dfa.core.rectify import Student as AlignmentStudent
 from dfa.core.spectrum import Band, BandMeasure, split
 from dfa.core.void import void_label
 from dfa.data.stream import Batch
@@ -43,21 +46,27 @@ class StepSettings:
     patches a row; scaled to the grid at hand. supervision: what Y is. `pseudo`: labels from the CAM of this very step;
     `labels`: the batch's offline pseudo-labels, of a first stage or refreshed beside this run; `masks`: ground truth (the
     supervised bound, which trains the decoder alone). annotation_grid: Y, whatever it is, becomes block-wise, so many blocks
-    along each side of the crop (METHOD 3, block-wise annotation); 0: left as it is.
+    along each side of the crop (METHOD 3, block-wise annotation); 0: left as it is. use_from_step: steps before it make labels
+    with the un-learned affinities, while the learned ones are trained.
     """
 
     mu: float
     mu_as: BandMeasure
     relation_gain: float
-    alignment: AlignmentStudent
     use_quality_mask: bool
+    dense: DenseRule
+    dense_share: float
+    teacher: Teacher
+    alignment: AlignmentStudent
     window: int
     resolve_unreliable: bool
+    rectified_pairs: RectifiedPairs
     alignment_weight: float
     rectification_weight: float
     supervision: Literal["pseudo", "labels", "masks"]
     annotation_grid: int
     pseudo: PseudoSettings
+    use_from_step: int
     decoder_rate_scale: float
     affinity_rate_scale: float
     weight_decay: float
@@ -84,6 +93,10 @@ class TrainStep(Objective):
             ParameterGroup("decoder_vectors", tuple(vectors), decoder, 0.0),
             ParameterGroup("affinity", tuple(groups["affinity"]), affinity, 0.0),
         ]
+
+    def begin_step(self, step: int) -> None:
+        """The learned affinities make labels from `use_from_step` on."""
+        self.segmenter.use_learned = step >= self.settings.use_from_step
 
     def forward(self, batch: Batch) -> list[LossPart]:
         """The parts of `L_seg + lambda_1 L_a + lambda_2 L_r` (METHOD 1.19).
@@ -136,7 +149,13 @@ class TrainStep(Objective):
 
     def seeds(self, batch: Batch, features: Features, outputs: Outputs, rows: Rows) -> Seeds:
         """Seeds of some samples of the batch by the student as it is now."""
-        affinities = self.segmenter.affinities(outputs.low_logit_BNN[rows], outputs.high_logit_BNN[rows])
+        if self.segmenter.use_learned:
+            logits = outputs.low_logit_BNN[rows], outputs.high_logit_BNN[rows]
+        else:
+            second = None if features.second_BMNE is None else features.second_BMNE[rows]
+            student = self.segmenter.student
+            logits = student.unlearned_logits(features.tokens_BLND[rows], features.attention_BLNN[rows], second)
+        affinities = self.segmenter.affinities(*logits)
         return make_seeds(features.similarity_BNK[rows], batch.labels_BC[rows], affinities, self.segmenter.seed)
 
     def seed_labels(self, batch: Batch, seeds: Seeds, grid: tuple[int, int], rows: Rows) -> Tensor:
@@ -156,13 +175,25 @@ class TrainStep(Objective):
         settings = self.settings
         low_BDhw, high_BDhw = split(outputs.fused_BDhw.detach(), Band(settings.mu, settings.mu_as))
         teacher_BNN = relations(low_BDhw.flatten(2), gain=settings.relation_gain)
-        selected_BNN = visible_BN[:, :, None] & visible_BN[:, None, :]
+        visible_BNN = visible_BN[:, :, None] & visible_BN[:, None, :]
+        selected_BNN = visible_BNN
         if settings.use_quality_mask:
-            dense_BNN, _ = quality_mask(teacher_BNN, torch.sigmoid(outputs.low_logit_BNN.detach()))
-            selected_BNN = selected_BNN & dense_BNN
-        alignment = alignment_loss(teacher_BNN, outputs.low_logit_BNN, selected_BNN, student=settings.alignment)
+            probability_BNN = torch.sigmoid(outputs.low_logit_BNN.detach())
+            selected_BNN = dense_mask(
+                teacher_BNN, probability_BNN, visible_BNN, rule=settings.dense, share=settings.dense_share
+            )
+        alignment = alignment_loss(
+            teacher_BNN,
+            outputs.low_logit_BNN,
+            selected_BNN,
+            visible_BNN,
+            teacher=settings.teacher,
+            student=settings.alignment,
+        )
         relations_BNN = relations(high_BDhw.flatten(2), gain=settings.relation_gain)
-        positive_BNN, negative_BNN, known_BNN = reliable_masks(relations_BNN, label_BN, void=self.void)
+        positive_BNN, negative_BNN, known_BNN = reliable_masks(
+            relations_BNN, label_BN, void=self.void, pairs=settings.rectified_pairs
+        )
         if settings.resolve_unreliable:
             radius = round(settings.window * outputs.fused_BDhw.shape[-1] / _PAPER_GRID)
             positive_BNN, negative_BNN = resolve_unreliable(positive_BNN, negative_BNN, known_BNN, radius=radius)

@@ -171,6 +171,7 @@ class Trainer:
             power=plan.decay_power,
         )
         self.engine.set_learning_rate(self._rate_factor)
+        self.engine.objective.begin_step(self.step)
         torch.manual_seed(hash((plan.seed, self.step, self.rank)) % 2**63)  # dropout repeats after a resume
         for micro in range(accumulation):
             fetch = time.perf_counter()

@@ -7,8 +7,10 @@ from dfa.core.cam import (
     class_scores,
     max_normalize,
     min_max,
+    propagate,
     refine_elementwise,
     scoring_matrix,
+    strongest_background,
 )
 from dfa.core.transport import class_marginal, sinkhorn_plan
 
@@ -46,6 +48,28 @@ def test_class_scores_are_softmax_over_present_columns_over_their_maximum():
                 assert math.isclose(float(actual[image, i, c]), expected, abs_tol=1e-5)
 
 
+def test_the_strongest_background_is_the_chance_of_its_best_prompt_against_the_best_present_class():
+    similarity = 0.2 * torch.randn(2, 9, 5)
+    actual = strongest_background(similarity, MASK, num_foreground=NUM_FOREGROUND, scale=20.0)
+    for image in range(2):
+        chances = []
+        for i in range(9):
+            best, rest = (
+                max(float(similarity[image, i, c]) for c in columns if MASK[image, c]) for columns in (range(3), (3, 4))
+            )
+            chances.append(1 / (1 + math.exp(20 * (best - rest))))
+        for i in range(9):
+            assert math.isclose(float(actual[image, i, 0]), chances[i] / max(chances), abs_tol=1e-5)
+
+
+def test_listing_a_background_prompt_twice_changes_nothing():
+    similarity = 0.2 * torch.randn(2, 9, 5)
+    once = strongest_background(similarity, MASK, num_foreground=NUM_FOREGROUND, scale=20.0)
+    twice = torch.cat([similarity, similarity[:, :, 3:]], dim=2)
+    mask = torch.cat([MASK, MASK[:, 3:]], dim=1)
+    assert torch.equal(strongest_background(twice, mask, num_foreground=NUM_FOREGROUND, scale=20.0), once)
+
+
 def test_a_column_far_below_all_others_still_reaches_one():
     similarity = torch.zeros(1, 4, 2)
     similarity[..., 1] = -torch.tensor([2.0, 2.5, 3.0, 2.1])
@@ -71,7 +95,7 @@ def test_scoring_matrix_forms_equal_their_definition(form, given):
     low, score, high = inputs()
     row = torch.rand(2, 9) if given else None
     actual = scoring_matrix(
-        low,
+        min_max(propagate(low, score), MASK),
         score,
         high,
         MASK,
@@ -102,7 +126,7 @@ def test_transport_absorbs_the_row_term_but_not_the_foreground_row_term():
     plans = {}
     for form, strength in (("row_term", 0.0), ("row_term", 2.0), ("row_term_foreground", 2.0)):
         matrix = scoring_matrix(
-            low,
+            min_max(propagate(low, score), MASK),
             score,
             high,
             MASK,
@@ -126,6 +150,6 @@ def test_elementwise_refinement_is_the_product_of_both_propagations():
 
 
 def test_a_misspelt_form_is_refused():
-    low, score, high = inputs()
+    _, score, high = inputs()
     with pytest.raises(ValueError, match="form must be"):
-        scoring_matrix(low, score, high, MASK, num_foreground=3, lambda_low=1.0, lambda_high=0.1, form="row")
+        scoring_matrix(score, score, high, MASK, num_foreground=3, lambda_low=1.0, lambda_high=0.1, form="row")

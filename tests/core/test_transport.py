@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import numpy
@@ -169,6 +170,30 @@ def test_class_marginal_kinds_against_their_definitions():
             weight = torch.exp(x[image, present].double() / 0.7)
             torch.testing.assert_close(marginal[image, present].double(), weight / weight.sum(), atol=1e-6, rtol=1e-5)
         assert marginal[0, 2] == 0
+
+
+def test_the_area_marginal_is_each_column_s_mean_share_of_the_patches():
+    scores = torch.rand(2, 50, 4)
+    mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    marginal = class_marginal(scores, mask, kind="area", temperature=0.1)
+    for image in range(2):
+        columns = [c for c in range(4) if mask[image, c]]
+        expected = dict.fromkeys(range(4), 0.0)
+        for i in range(50):
+            weights = {c: math.exp(float(scores[image, i, c]) / 0.1) for c in columns}
+            for c in columns:
+                expected[c] += weights[c] / sum(weights.values()) / 50
+        for c in range(4):
+            assert math.isclose(float(marginal[image, c]), expected[c], abs_tol=1e-6)
+
+
+def test_a_class_that_fills_its_image_may_have_most_of_the_mass():
+    """The printed marginal gives one class at most e^2 / (e^2 + 25) of an image with 25 background prompts at temperature .5."""
+    scores, mask = torch.zeros(1, 100, 26), torch.ones(1, 26, dtype=torch.bool)
+    scores[0, :80, 0] = 1
+    scores[0, 80:, 1:] = 1
+    assert class_marginal(scores, mask, kind="area", temperature=0.1)[0, 0] > 0.79
+    assert class_marginal(scores, mask, kind="softmax_mean", temperature=0.5)[0, 0] < 0.23
 
 
 @pytest.mark.parametrize(
