@@ -1,8 +1,10 @@
 """Train variants of one configuration on the same shards and compare them: `python -m jobs.ablate CONF VARIANTS key=value ...`.
 
-VARIANTS is a YAML file (or a name in conf/) with `variants`, names to differences from CONF, and `seeds`, values of train.seed:
+VARIANTS is a YAML file (or a name in conf/) with `variants`, names to differences from CONF, `seeds`, values of train.seed, and, if
+all variants share some, `common` differences, which a variant may overrule:
 
     seeds: [0, 1]
+    common: {cam.propagation: 1}
     variants:
       dfa: {}
       plain: {loss.alignment: 0, loss.rectification: 0}
@@ -39,25 +41,30 @@ class Ablation:
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> "Ablation":
         """Raises ValueError where `content` is not of the form that this module describes."""
-        unknown = sorted(set(content) - {"seeds", "variants"})
+        unknown = sorted(set(content) - {"seeds", "common", "variants"})
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}, allowed are seeds and variants")
+            raise ValueError(f"unknown key {unknown[0]!r}, allowed are seeds, common and variants")
         variants, seeds = content.get("variants"), content.get("seeds", [0])
+        common = content.get("common", {})
+        if not isinstance(common, dict):
+            raise ValueError(f"common must be a mapping {{section.key: value}}, got {common!r}")
         if not isinstance(variants, dict) or not variants:
             raise ValueError("variants must map names to differences, {name: {section.key: value}}")
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
-        return cls(tuple(seeds), {str(name): _overrides(str(name), changes) for name, changes in variants.items()})
+        return cls(
+            tuple(seeds), {str(name): _overrides(str(name), common, changes) for name, changes in variants.items()}
+        )
 
 
-def _overrides(name: str, changes: Any) -> tuple[str, ...]:
+def _overrides(name: str, common: Mapping[str, Any], changes: Any) -> tuple[str, ...]:
     if not name or set(name) & set("/\\ ") or name.startswith("."):
         raise ValueError(
             f"variant {name!r} is the name of a folder too: no slashes, no spaces, no dot at its beginning"
         )
     if not isinstance(changes, dict):
         raise ValueError(f"variant {name} must be a mapping {{section.key: value}}, got {changes!r}")
-    return tuple(f"{key}={json.dumps(value)}" for key, value in changes.items())
+    return tuple(f"{key}={json.dumps(value)}" for key, value in {**common, **changes}.items())
 
 
 def work(conf: str, ablation: Ablation, overrides: list[str]) -> Result:

@@ -16,7 +16,8 @@ from tests.small_runs import write_shards
     ("content", "message"),
     [
         ({"variants": {}}, "variants must map names to differences"),
-        ({"variants": {"a": {}}, "seed": 1}, "unknown key 'seed', allowed are seeds and variants"),
+        ({"variants": {"a": {}}, "seed": 1}, "unknown key 'seed', allowed are seeds, common and variants"),
+        ({"variants": {"a": {}}, "common": [1]}, "common must be a mapping"),
         ({"variants": {"a": {}}, "seeds": 3}, "seeds must be a list of whole numbers, got 3"),
         ({"variants": {"a": {}}, "seeds": [True]}, "seeds must be a list"),
         ({"variants": {"../a": {}}}, "variant '../a' is the name of a folder too"),
@@ -42,6 +43,12 @@ def test_the_ablations_of_the_world_are_valid(name):
     assert path == str(CONF / "ablations" / f"{name}.yaml") and () in ablation.variants.values()
     for changes in ablation.variants.values():
         load("demo", changes)
+
+
+def test_common_differences_hold_for_all_variants_that_do_not_overrule_them():
+    content = {"common": {"cam.propagation": 1, "method": "ffr"}, "variants": {"a": {}, "b": {"cam.propagation": 2}}}
+    variants = Ablation.from_mapping(content).variants
+    assert variants == {"a": ("cam.propagation=1", 'method="ffr"'), "b": ("cam.propagation=2", 'method="ffr"')}
 
 
 def test_the_table_has_means_and_ranges_over_the_seeds():

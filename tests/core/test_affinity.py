@@ -111,6 +111,17 @@ def test_the_high_prior_keeps_the_order_of_the_inverse_attention():
     assert (logit.diagonal(dim1=1, dim2=2).amin() > logit[~torch.eye(12, dtype=torch.bool)[None]].amax()).all()
 
 
+def test_a_high_map_may_start_where_the_low_one_does():
+    weight = attention()
+    low, high = (PairLogit(3, hidden=4, clip=8.0, prior=prior) for prior in ("low", "high_as_low"))
+    torch.testing.assert_close(high(inverse_attention(weight)), low(weight), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for logit in both_logits(low, high, weight, None):
+            torch.testing.assert_close(logit, low(weight), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="prior must be one of"):
+        PairLogit(3, hidden=4, clip=8.0, prior="middle")
+
+
 def test_a_pair_that_attends_to_nothing_stays_finite():
     weight = torch.eye(6).expand(1, 2, 6, 6)
     for prior in ("low", "high"):

@@ -53,6 +53,22 @@ def test_each_band_reads_its_own_channels(source):
             torch.testing.assert_close(logit, expected.detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("source", ["attention", "attention+features"])
+def test_unlearned_logits_are_those_of_the_first_step_whatever_was_learned(source):
+    made, (tokens, attention) = student(source), inputs()
+    for pair in (made.low, made.high):
+        torch.nn.init.zeros_(pair.last.weight)
+    expected = [each.detach() for each in made.pair_logits(tokens, attention)]
+    with torch.no_grad():
+        for parameter in (*made.low.parameters(), *made.high.parameters()):
+            parameter.add_(0.3)
+    for actual, wanted, learned in zip(
+        made.unlearned_logits(tokens, attention), expected, made.pair_logits(tokens, attention), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted)
+        assert (actual - learned).abs().max() > 0.1 and not actual.requires_grad
+
+
 def test_every_parameter_is_in_one_group_and_gets_a_gradient():
     made, (tokens, attention) = student("attention+features"), inputs()
     groups = made.parameter_groups()

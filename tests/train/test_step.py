@@ -85,6 +85,43 @@ def test_each_loss_reaches_its_own_part_of_the_student():
     assert gradient_of(step, "segmentation_background") == {"decoder"}
 
 
+def bent(step):
+    """The affinities far from where they began."""
+    with torch.no_grad():
+        for parameter in step.student.parameter_groups()["affinity"]:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return step
+
+
+def test_learned_affinities_make_labels_from_their_step_on_and_learn_before_it():
+    batch, unlearned = make_batch(), make_step()
+    waiting = bent(make_step("affinity.use_from_step=5"))
+    waiting.student.decoder.load_state_dict(unlearned.student.decoder.state_dict())
+
+    def target(step):
+        features = step.segmenter.encode(batch.image_B3HW)
+        outputs = step.student(features.tokens_BLND, features.attention_BLNN, features.grid)
+        return step.seeds(batch, features, outputs, slice(None)).cam_BNC
+
+    waiting.begin_step(4)
+    torch.testing.assert_close(target(waiting), target(unlearned), atol=1e-5, rtol=0)
+    features = waiting.segmenter.encode(batch.image_B3HW)
+    seeds = waiting.segmenter.seeds(features, batch.labels_BC)  # what the label factory makes, image by image
+    # The min-max of columns that were propagated three times stretches their rounding.
+    torch.testing.assert_close(seeds.cam_BNC, target(unlearned), atol=2e-3, rtol=0)
+    assert gradient_of(waiting, "alignment") == {"low"}
+    waiting.begin_step(5)
+    assert (target(waiting) - target(unlearned)).abs().max() > 0.05
+
+
+def test_every_head_is_a_channel_where_that_is_asked_for():
+    step = make_step("affinity.heads=all", "affinity.source=attention")
+    assert step.student.low.num_channels == 4 * make_step("affinity.source=attention").segmenter.clip.num_heads
+    assert gradient_of(step, "alignment") == {"low"}
+    with pytest.raises(ValueError, match=r"affinity\.heads=all needs one CLIP"):
+        make_step("affinity.heads=all", "clip.others=[conf/tiny_clip.json@random]")
+
+
 def test_padding_counts_in_no_loss():
     step, batch = make_step(), make_batch()
     parts = {part.name: part for part in step(batch)}

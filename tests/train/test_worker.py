@@ -56,7 +56,13 @@ def stopping_after(batches: Iterator[Batch], run: Path, number: int) -> Iterator
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, index: ShardIndex, engine: str) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
-    settings: dict[str, Any] = {"engine": engine, "make_objective": lambda _: ToyObjective(3, dropout=0.3)}
+    made = list[ToyObjective]()
+
+    def make_objective(_: torch.device) -> ToyObjective:
+        made.append(ToyObjective(3, dropout=0.3))
+        return made[-1]
+
+    settings: dict[str, Any] = {"engine": engine, "make_objective": make_objective}
     whole = toy_plan(tmp_path / "whole", index, **settings)
     result = train(whole, index)
     assert (result["step"], result["samples_seen"], result["interrupted"]) == (12, 48, False)
@@ -69,6 +75,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, i
         assert stopped["interrupted"]
         (run / STOP_NAME).unlink()
     assert train(parts, index)["step"] == 12
+    assert made[0].begun == [step for each in made[1:] for step in each.begun] == list(range(12))
     for name, want in weights(whole).items():
         assert torch.equal(weights(parts)[name], want), name
     same = [

@@ -35,6 +35,10 @@ class ToyObjective(Objective):
         self.head = nn.Conv2d(8, num_classes + 1, 1)
         self.dropout = nn.Dropout(dropout)
         self.unused = nn.Parameter(torch.ones(3))
+        self.begun = list[int]()
+
+    def begin_step(self, step: int) -> None:
+        self.begun.append(step)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [
