@@ -67,6 +67,7 @@ def train_step(config: Config, device: torch.device) -> TrainStep:
         window=frequency.window,
         resolve_unreliable=frequency.resolve_unreliable,
         rectified_pairs=frequency.rectified_pairs,  # type: ignore[arg-type]
+        agreement=frequency.agreement,  # type: ignore[arg-type]
         alignment_weight=loss.alignment,
         rectification_weight=loss.rectification,
         supervision=loss.supervision,  # type: ignore[arg-type]

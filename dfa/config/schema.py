@@ -114,6 +114,7 @@ class FrequencyConfig:
     alignment: str = _choice("divergence", "divergence", "inside_mask", "full_row")  # likewise
     window: int = _number(9, 0, 10_000)  # METHOD 1.11; 9 belongs to a 20 x 20 grid
     resolve_unreliable: bool = True
+    agreement: str = _choice("both", "both", "labels")  # of S_h and the labels, or of the labels alone: METHOD 1.10
     rectified_pairs: str = _choice(
         "all", "all", "foreground"
     )  # foreground: pairs of two background patches do not count

@@ -16,6 +16,7 @@ DenseRule = Literal["mean", "row_mean", "share", "alpha"]
 Teacher = Literal["softmax", "logit", "sum"]
 Student = Literal["divergence", "inside_mask", "full_row"]
 RectifiedPairs = Literal["all", "foreground"]
+Agreement = Literal["both", "labels"]
 Pair = tuple[Tensor, Tensor]
 
 # A finite floor, not -inf: a row without a supported pair must not make NaN, not even times zero.
@@ -126,23 +127,35 @@ def _log_distribution(relation_BNN: Tensor, support_BNN: Tensor, kind: Teacher) 
 
 @torch.no_grad()
 def reliable_masks(
-    relations_BNN: Tensor, label_BN: Tensor, *, void: int = VOID, pairs: RectifiedPairs = "all"
+    relations_BNN: Tensor,
+    label_BN: Tensor,
+    *,
+    void: int = VOID,
+    pairs: RectifiedPairs = "all",
+    agreement: Agreement = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs on which features and pseudo-labels agree: positive_BNN, negative_BNN and known_BNN, bool (METHOD 1.10, DFA's HFAR).
 
     `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, void ignored.
     Pairs with an ignored label are in neither and not known. Our reading: the mean is per image and over its known pairs.
+
+    pairs: `foreground` leaves out those of two background patches, which else make up most of M_+. agreement: `labels` asks S_h
+    nothing, so that every known pair is in one of the two masks and none is left to resolve.
     """
+    if agreement not in ("both", "labels"):
+        raise ValueError(f"agreement must be both or labels, got {agreement!r}")
     valid_BN = label_BN != void
     known_BNN = valid_BN[:, :, None] & valid_BN[:, None, :]
     if pairs == "foreground":
         known_BNN &= (label_BN > 0)[:, :, None] | (label_BN > 0)[:, None, :]
     elif pairs != "all":
         raise ValueError(f"pairs must be all or foreground, got {pairs!r}")
+    same_BNN = label_BN[:, :, None] == label_BN[:, None, :]
+    if agreement == "labels":
+        return same_BNN & known_BNN, ~same_BNN & known_BNN, known_BNN
     num_known_B = known_BNN.sum((1, 2)).clamp_min(1)
     mean_B = (relations_BNN * known_BNN).sum((1, 2)) / num_known_B
     close_BNN = relations_BNN > mean_B[:, None, None]
-    same_BNN = label_BN[:, :, None] == label_BN[:, None, :]
     return close_BNN & same_BNN & known_BNN, ~close_BNN & ~same_BNN & known_BNN, known_BNN
 
 

@@ -11,6 +11,7 @@ from dfa.clip import Features
 from dfa.core.analysis.truncation import block_annotation
 from dfa.core.metrics import confusion_matrix
 from dfa.core.rectify import (
+    Agreement,
     DenseRule,
     RectifiedPairs,
     Teacher,
@@ -61,6 +62,7 @@ class StepSettings:
     window: int
     resolve_unreliable: bool
     rectified_pairs: RectifiedPairs
+    agreement: Agreement
     alignment_weight: float
     rectification_weight: float
     supervision: Literal["pseudo", "labels", "masks"]
@@ -192,7 +194,11 @@ class TrainStep(Objective):
         )
         relations_BNN = relations(high_BDhw.flatten(2), gain=settings.relation_gain)
         positive_BNN, negative_BNN, known_BNN = reliable_masks(
-            relations_BNN, label_BN, void=self.void, pairs=settings.rectified_pairs
+            relations_BNN,
+            label_BN,
+            void=self.void,
+            pairs=settings.rectified_pairs,
+            agreement=settings.agreement,
         )
         if settings.resolve_unreliable:
             radius = round(settings.window * outputs.fused_BDhw.shape[-1] / _PAPER_GRID)
