@@ -5,7 +5,6 @@ masks, COCO's width/height and every array that a user reads with numpy live in 
 show them has them stored so, by `upright`.
 """
 
-import hashlib
 import io
 import struct
 import zlib
@@ -15,6 +14,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from dfa.data.randomness import stable_seed
 
 UInt8Array = npt.NDArray[np.uint8]
 #: Class indices, of the type and with the void of `dfa.core.void`: void is the largest value of the type.
@@ -220,10 +221,9 @@ def encode_grey(map_HW: UInt8Array) -> bytes:
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Return the generator of one sample in one epoch: a pure function of its arguments.
 
-    One worker or eight, this process or another: the same crops. Python's `hash` is salted per process, hence blake2b.
+    One worker or eight, this process or another: the same crops.
     """
-    digest = hashlib.blake2b(f"{int(seed)}:{int(epoch)}:{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.PCG64(stable_seed(int(seed), int(epoch), key)))
 
 
 @dataclass(frozen=True)
