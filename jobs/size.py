@@ -17,7 +17,8 @@ from pathlib import Path
 
 from jobs import Result, run
 
-PAGE = Path(__file__).resolve().parents[1] / "cluster" / "BENCHMARKS.md"
+_INSTALLED = Path(__file__).resolve().parent / "cluster"  # a wheel carries the page inside this package
+PAGE = (_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "cluster") / "BENCHMARKS.md"
 _SECTION = r"<!-- bench:{0} -->(.*?)<!-- /bench:{0} -->"
 _LABELLING = r"Overhead[^*]*\*\*([\d.]+) %\*\*\. CPU ms an image: CAM ([\d.]+), CRF ([\d.]+)"
 

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,8 +70,7 @@ def other_clips(clip: ClipConfig) -> list[tuple[str, str]]:
 
 def beside_conf(name: str) -> str:
     """A file named relative to the project's folder is found from any working directory."""
-    beside = configuration.CONF.parent / name
-    return str(beside) if not Path(name).exists() and beside.is_file() else name
+    return configuration.project_file(name)
 
 
 def patch_size(model: str) -> int:

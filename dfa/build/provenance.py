@@ -27,13 +27,16 @@ def versions() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Commit of the git checkout that this package lies in, and whether tracked files differ from it.
+    """Commit of the git checkout that this package belongs to, and whether tracked files differ from it.
 
-    Images and what `ray job submit` sends come without .git: there it is the commit that DFA_COMMIT names, and whether files
-    differ is not known. None: nobody said.
+    Images, wheels and what `ray job submit` sends come without .git: there it is the commit that DFA_COMMIT names, and whether
+    files differ is not known. None: nobody said.
     """
-    folder = Path(__file__).resolve().parent
-    commit = _git(folder, "rev-parse", "HEAD")
+    file = Path(__file__).resolve()
+    folder = file.parent
+    # A wheel in an environment inside somebody's checkout is not part of that checkout: git does not track its files.
+    tracked = _git(folder, "ls-files", "--error-unmatch", file.name) is not None
+    commit = _git(folder, "rev-parse", "HEAD") if tracked else None
     if commit is None:
         return {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")

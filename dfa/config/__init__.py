@@ -4,7 +4,7 @@
 key=value overrides, and checks names, types and ranges. Only `dfa.build` and jobs read a Config.
 """
 
-from dfa.config.loading import CONF, class_set, digest, from_sections, load, read_yaml, to_dict, to_yaml
+from dfa.config.loading import CONF, class_set, digest, from_sections, load, project_file, read_yaml, to_dict, to_yaml
 from dfa.config.schema import ClipConfig, Config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "digest",
     "from_sections",
     "load",
+    "project_file",
     "read_yaml",
     "to_dict",
     "to_yaml",

@@ -16,7 +16,9 @@ from dfa.config.schema import Config
 from dfa.data import storage
 from dfa.data.classes import ClassSet
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "conf"  # a wheel carries the folder inside the package; in a checkout it lies beside it
+CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "conf"
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -92,6 +94,18 @@ def digest(*parts: Any) -> str:
     """A short stable hash of configuration sections or other plain values: what an output depends on."""
     plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def project_file(name: str) -> str:
+    """Where a file of the project is, named as in the checkout ("conf/tiny_clip.json"), from any working directory.
+
+    A file of that name in the working directory comes first. A name that stands for neither is returned as it is.
+    """
+    if not Path(name).exists():
+        for folder in (CONF.parent, _PACKAGE.parent):
+            if (folder / name).is_file():
+                return str(folder / name)
+    return name
 
 
 def _conf_path(name: str) -> Path:

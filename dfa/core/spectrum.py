@@ -99,15 +99,6 @@ def highest_bin(band: Band, size: int) -> int:
     return min(size // 2, int(mu) if band.kind == "bins" else ceil(mu) - 1)
 
 
-def mu_of(nu_max: int, size: int) -> float:
-    """Half-width in cycles per cell of the band of nu_max bins on an axis of `size` cells.
-
-    >>> highest_bin(Band(mu_of(7, 30), "half_width"), 30)
-    7
-    """
-    return nu_max / size
-
-
 def grid_of(nu_max: int) -> int:
     """LRG: cells along a grid that just resolves nu_max cycles, `2 nu_max + 1` (spectral analysis, 3.1).
 
@@ -126,11 +117,6 @@ def bins_of(grid: int) -> int:
     if grid < 1:
         raise ValueError(f"a grid has at least one cell an axis, got {grid}")
     return (grid - 1) // 2
-
-
-def radius_of(nu_max: int) -> float:
-    """Radius of the smallest open disc of an integer radius that holds the bins 0..nu_max of each axis: nu_max + 1."""
-    return float(nu_max + 1)
 
 
 def transform(x_BHW: Tensor) -> Tensor:
@@ -175,15 +161,6 @@ def band_spectrum(x_BHW: Tensor, *, nu_max: int) -> Tensor:
         return _low_rows(torch.fft.fft(rows, dim=-2, norm="ortho"), nu_max)
 
 
-def label_products(x_HW: Tensor, y_HW: Tensor, labels: Sequence[int], *, nu_max: int, dtype: torch.dtype) -> Tensor:
-    """`band_products` of the masks of some labels in two label maps, without the masks: fp64, labels x (nu_max + 1).
-
-    x_HW, y_HW: uint8. dtype: float32 or float64, of the transforms. On the processor. See `run_products`.
-    """
-    size = (x_HW.shape[0], x_HW.shape[1])
-    return run_products(joint_runs(x_HW, y_HW), labels, size=size, nu_max=nu_max, dtype=dtype)
-
-
 @dataclass(frozen=True)
 class Runs:
     """Stretches of a row along which two label maps do not change, in reading order, one entry a run. Arrays of numpy, whose
@@ -214,7 +191,10 @@ def joint_runs(x_HW: Tensor, y_HW: Tensor) -> Runs:
 def run_products(
     runs: Runs, labels: Sequence[int], *, size: tuple[int, int], nu_max: int, dtype: torch.dtype
 ) -> Tensor:
-    """`label_products` from the runs of the two maps of `size` pixels.
+    """`band_products` of the masks of some labels in two label maps of `size` pixels, without the masks: fp64,
+    labels x (nu_max + 1).
+
+    runs: of the two maps. dtype: float32 or float64, of the transforms. On the processor.
 
     A run adds `E(stop) - E(start)` to the transform of its row, `E(x) = sum over t < x of exp(-2 pi i n t / W)`. The columns
     follow as one matrix product with cosines and sines. With r the row transforms and C, S these sums over rows,

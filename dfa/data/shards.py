@@ -232,21 +232,6 @@ def sha256_of(address: str) -> str:
         return digest.hexdigest()
 
 
-def verify(root: str) -> tuple[str, ...]:
-    """Compare every shard with the index; return one line for each that is missing or changed, none if all is well."""
-    index = load_index(root)
-    problems = []
-    for shard in index.shards:
-        address = index.path(shard.name)
-        if not storage.exists(address):
-            problems.append(f"{shard.name}: missing")
-        elif storage.size_bytes(address) != shard.size_bytes:
-            problems.append(f"{shard.name}: {storage.size_bytes(address)} bytes, index says {shard.size_bytes}")
-        elif sha256_of(address) != shard.sha256:
-            problems.append(f"{shard.name}: content differs from the sha256 in the index")
-    return tuple(problems)
-
-
 def read_shard(
     path: str, *, wanted: Collection[int | str] | None = None, file: BinaryIO | None = None
 ) -> Iterator[RawSample]:

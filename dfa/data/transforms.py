@@ -5,7 +5,6 @@ masks, COCO's width/height and every array that a user reads with numpy live in 
 show them has them stored so, by `upright`.
 """
 
-import hashlib
 import io
 import struct
 import zlib
@@ -15,6 +14,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from dfa.data.randomness import stable_seed
 
 UInt8Array = npt.NDArray[np.uint8]
 #: Class indices, of the type and with the void of `dfa.core.void`: void is the largest value of the type.
@@ -220,10 +221,9 @@ def encode_grey(map_HW: UInt8Array) -> bytes:
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Return the generator of one sample in one epoch: a pure function of its arguments.
 
-    One worker or eight, this process or another: the same crops. Python's `hash` is salted per process, hence blake2b.
+    One worker or eight, this process or another: the same crops.
     """
-    digest = hashlib.blake2b(f"{int(seed)}:{int(epoch)}:{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.PCG64(stable_seed(int(seed), int(epoch), key)))
 
 
 @dataclass(frozen=True)
@@ -348,49 +348,3 @@ def _padded(
         crop_3SS[:] = np.array(pad_color, np.uint8)[:, None, None]
     crop_3SS[:, *inside] = pixels_HW3.transpose(2, 0, 1)
     return crop_3SS.transpose(1, 2, 0)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """An image resized for inference. No padding: the way back is one resize to (original_height, original_width)."""
-
-    image: UInt8Array
-    original_height: int
-    original_width: int
-
-
-def fit(
-    image_HW3: UInt8Array,
-    *,
-    mode: Literal["none", "long_side", "square"],
-    size: int | None,
-    multiple_of: int,
-    scale: float = 1.0,
-) -> Fitted:
-    """Resize for inference so that both sides are multiples of the patch size.
-
-    `none` keeps the image's size, `long_side` brings the longer side to `size` with the aspect ratio kept, `square`
-    stretches to `size` x `size`; then both sides are multiplied by `scale` (test-time scales 1.0, 1.2, 1.5 of METHOD
-    1.22) and rounded to the nearest multiple of `multiple_of`, at least one.
-
-    Raises:
-        ValueError: unknown mode, or `size` missing where the mode needs it.
-    """
-    height, width = image_HW3.shape[:2]
-    if mode not in ("none", "long_side", "square"):
-        raise ValueError(f"mode is {mode!r}; allowed: 'none', 'long_side', 'square'")
-    if mode != "none" and (size is None or size < 1):
-        raise ValueError(f"mode {mode!r} needs a size of at least 1 pixel, got {size}")
-    if mode == "none" or size is None:
-        wanted_height, wanted_width = height * scale, width * scale
-    elif mode == "square":
-        wanted_height = wanted_width = size * scale
-    else:
-        factor = size * scale / max(height, width)
-        wanted_height, wanted_width = height * factor, width * factor
-    new_height, new_width = (max(1, round(side / multiple_of)) * multiple_of for side in (wanted_height, wanted_width))
-    image = image_HW3
-    if (new_height, new_width) != (height, width):
-        resized = Image.fromarray(image_HW3).resize((new_width, new_height), Image.Resampling.BILINEAR)
-        image = np.array(resized)
-    return Fitted(image, height, width)

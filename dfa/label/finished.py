@@ -1,4 +1,4 @@
-"""A finished folder of labels, read: its index, its table, its samples, its maps.
+"""A finished folder of labels, read: its index, its table, its samples.
 
 Reads the folder alone (its layout is in `dfa.label.output`), shard by shard, so that memory does not grow with the data
 set.
@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet
 
 from dfa.data import storage
@@ -23,7 +22,6 @@ from dfa.data.shards import (
     read_shard,
     sha256_of,
 )
-from dfa.data.transforms import UInt8Array, decode_mask
 from dfa.label.output import Quality
 
 _ROWS_AT_ONCE = 4096
@@ -128,26 +126,3 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, address: str) -
     if data is None or len(data) != member.size:
         raise BrokenShardError(f"{address}: member {member.name!r} of {member.size} bytes is no whole plain file")
     return data
-
-
-def read_soft(png: bytes, num_classes_in_image: int) -> UInt8Array:
-    """Return the soft maps of KEY.soft.png: uint8 (R, H, W), probabilities times 255.
-
-    Args:
-        png: 8-bit grey PNG of width W and height R * H, one map below the other.
-        num_classes_in_image: R; map r is the class `classes[r]` of KEY.json, background first.
-
-    Raises:
-        ValueError: no such PNG, or a height that R does not divide.
-    """
-    if num_classes_in_image < 1:
-        raise ValueError(f"an image has at least one map, that of background; got {num_classes_in_image}")
-    try:
-        stacked = decode_mask(png, max_pixels=num_classes_in_image * MAX_MAP_PIXELS)
-    except ValueError as error:
-        raise ValueError(f"soft maps cannot be read: {error}") from error
-    if stacked.dtype != np.uint8:
-        raise ValueError(f"soft maps are {8 * stacked.itemsize}-bit, not 8-bit")
-    if stacked.shape[0] % num_classes_in_image:
-        raise ValueError(f"soft maps are {stacked.shape[0]} pixels high, no multiple of {num_classes_in_image} classes")
-    return stacked.astype(np.uint8, copy=False).reshape(num_classes_in_image, -1, stacked.shape[1])

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Merge = Literal["logits", "probabilities", "max"]
+Merge = Literal["logits", "max"]
 InputKind = Literal["native", "square", "long_side"]
 _CHANNEL_CHUNK = (
     32  # classes brought to pixel size at once: with a thousand classes a second full-size map would not fit
@@ -46,57 +46,6 @@ class InputSize:
 NATIVE = InputSize()
 
 
-@overload
-def predict_logits(
-    image: Tensor,
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    forward: Callable[[Tensor], Tensor],
-    multiple_of: int,
-    merge: Merge,
-    input_size: InputSize = ...,
-) -> Tensor: ...
-@overload
-def predict_logits(
-    image: Sequence[Tensor],
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    forward: Callable[[Tensor], Tensor],
-    multiple_of: int,
-    merge: Merge,
-    input_size: InputSize = ...,
-) -> list[Tensor]: ...
-@torch.no_grad()
-def predict_logits(
-    image: Tensor | Sequence[Tensor],
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    forward: Callable[[Tensor], Tensor],
-    multiple_of: int,
-    merge: Merge,
-    input_size: InputSize = NATIVE,
-) -> Tensor | list[Tensor]:
-    """Logits at the image's own size, B x (C + 1) x H x W in fp32: merged over scales, and over mirrored copies.
-
-    image: B x 3 x H x W of one size, RGB, uint8 or float in 0..1; or several of these in a list, answered by a list.
-    scales: factors of the image's size, or of `input_size`; each side is rounded to the nearest multiple of
-        `multiple_of`, the patch, and is at least one patch.
-    forward: images B x 3 x H' x W' in 0..1 -> logits on any grid; a mirrored copy shares the batch of its original.
-    merge: logits: their mean (METHOD 1.22). probabilities: the logarithm of the mean softmax, hence logits again. max: the
-        largest logit of each class at each pixel.
-
-    Raises ValueError for no scale, a scale that is not positive, and an unknown merge.
-    """
-    options: dict[str, Any] = {"scales": scales, "flip": flip, "forward": forward, "input_size": input_size}
-    options |= {"multiple_of": multiple_of, "merge": merge}
-    if isinstance(image, Tensor):
-        return predict_together([image], **options)[0]
-    return [predict_together([one], **options)[0] for one in image]
-
-
 def size_class(
     height: int, width: int, *, scales: Sequence[float], multiple_of: int, input_size: InputSize = NATIVE
 ) -> tuple[tuple[int, int], ...]:
@@ -119,14 +68,22 @@ def predict_together(
     merge: Merge,
     input_size: InputSize = NATIVE,
 ) -> list[Tensor]:
-    """`predict_logits` of several sizes in the same forward passes: groups of B x 3 x H x W, one answer for each.
+    """Logits of images at their own size, in fp32: merged over scales, and over mirrored copies.
 
-    Raises ValueError as `predict_logits`, and for groups of different size classes (see `size_class`).
+    groups: B x 3 x H x W of one size each, RGB, uint8 or float in 0..1. They share the forward passes; each has its answer,
+        B x (C + 1) x H x W.
+    scales: factors of the image's size, or of `input_size`; each side is rounded to the nearest multiple of
+        `multiple_of`, the patch, and is at least one patch.
+    forward: images B x 3 x H' x W' in 0..1 -> logits on any grid; a mirrored copy shares the batch of its original.
+    merge: logits: their mean (METHOD 1.22). max: the largest logit of each class at each pixel.
+
+    Raises ValueError for no scale, a scale that is not positive, an unknown merge, and groups of different size classes (see
+    `size_class`).
     """
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales {list(scales)} must be one or more positive factors")
-    if merge not in ("logits", "probabilities", "max"):
-        raise ValueError(f"merge {merge!r} is none of logits, probabilities and max")
+    if merge not in ("logits", "max"):
+        raise ValueError(f"merge {merge!r} is neither logits nor max")
     sizes = [(group.shape[-2], group.shape[-1]) for group in groups]
     classes = {size_class(*size, scales=scales, multiple_of=multiple_of, input_size=input_size) for size in sizes}
     if len(classes) != 1:
@@ -140,21 +97,13 @@ def predict_together(
         if not merged:
             sides = zip(counts, sizes, strict=True)
             merged = [logits.new_full((n, logits.shape[1], *size), start) for n, size in sides]
-        share = 1 / (len(views) * len(scales))
         if merge == "logits":
             # Upsampling is linear: the mirrored pair is averaged on the small grid.
-            views, share = [sum(views[1:], views[0]) * share], 1.0
+            views = [sum(views[1:], views[0]) * (1 / (len(views) * len(scales)))]
         for view in views:
             for whole_BCHW, part in zip(merged, view.split(counts), strict=True):
-                if merge == "probabilities":
-                    size = (whole_BCHW.shape[-2], whole_BCHW.shape[-1])
-                    upsampled = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-                    whole_BCHW.add_(upsampled.softmax(1), alpha=share)
-                else:
-                    _merge_upsampled(whole_BCHW, part, take_max=merge == "max")
-    if merge != "probabilities":
-        return merged
-    return [each.clamp_min_(torch.finfo(torch.float32).tiny).log_() for each in merged]
+                _merge_upsampled(whole_BCHW, part, take_max=merge == "max")
+    return merged
 
 
 def _nearest_multiple(length: float, multiple_of: int) -> int:

@@ -133,11 +133,7 @@ class Segmenter:
 
         groups: B_g x 3 x H_g x W_g each; labels_BC: of all images, group after group. with_model: the model's logits at
         these scales too, from the same passes. merge: `logits` for the mean of the maps, or `max`.
-
-        Raises ValueError for the merge `probabilities`: maps are none.
         """
-        if merge == "probabilities":
-            raise ValueError("seeds are merged by their mean (logits) or max, not as probabilities")
         class_BM = present_classes(labels_BC)
         num_slots = class_BM.shape[1]
 

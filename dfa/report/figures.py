@@ -239,26 +239,6 @@ def learning_curves(
         return _png(figure)
 
 
-def iou_bars(iou: Mapping[str, float | None], *, title: str, mean: float | None = None) -> bytes:
-    """IoU in percent of every class as horizontal bars, best first; None or NaN: absent. Transparent PNG."""
-    known = {name: math.nan if value is None else float(value) for name, value in iou.items()}
-    order = sorted(known, key=lambda name: -math.inf if math.isnan(known[name]) else known[name])
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _axes(title, "IoU, %", "", height=max(1.8, 0.9 + 0.26 * len(order)))
-        values = [known[name] for name in order]
-        axis.barh(order, np.nan_to_num(values), color=_LINES[0], height=0.68)
-        for row, value in enumerate(values):
-            text = "absent" if math.isnan(value) else f"{value:.1f}"
-            axis.text(np.nan_to_num(value) + 1, row, text, va="center", fontsize=9)
-        if mean is not None:
-            axis.axvline(mean, color=_LINES[1], linestyle="--", linewidth=1.5, zorder=0.5, label=f"mean {mean:.1f}")
-            axis.legend(loc="lower right", fontsize=9)
-        axis.set_xlim(0, 108)
-        axis.set_ylim(-0.6, max(len(order), 1) - 0.4)
-        axis.grid(visible=False, axis="y")
-        return _png(figure)
-
-
 def sweep_curve(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str) -> bytes:
     """mIoU in percent over the background threshold, the best point of each curve marked; transparent PNG."""
     with matplotlib.rc_context(_STYLE):
@@ -274,8 +254,8 @@ def sweep_curve(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: s
         return _png(figure)
 
 
-def _axes(title: str, x_label: str, y_label: str, *, height: float = 3.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.set_title(title, loc="left")
     axis.set_xlabel(x_label)

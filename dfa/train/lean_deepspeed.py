@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_DEEPSPEED_NOISE = ("DeepSpeed", "deepspeed")
+_DEEPSPEED_LOGGER = "DeepSpeed"
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -62,11 +62,17 @@ def _import_muon_uncompiled() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed announces its configuration on standard output at INFO; warnings still pass."""
-    loggers = [logging.getLogger(name) for name in _DEEPSPEED_NOISE]
-    before = [item.level for item in loggers]
-    for item in loggers:
-        item.setLevel(logging.WARNING)
-    yield
-    for item, level in zip(loggers, before, strict=True):
-        item.setLevel(max(level, logging.WARNING))
+    """Hold back what DeepSpeed announces on standard output below a warning: its configuration, for example.
+
+    A filter, not a level: the import sets the level itself, and the user's level must be what it was afterwards.
+    """
+    logger = logging.getLogger(_DEEPSPEED_LOGGER)
+    logger.addFilter(_is_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfa.core.metrics import iou_per_class, mean_iou
 from dfa.core.void import void_label
+from dfa.data.randomness import stable_seed
 from dfa.data.stream import Batch
 from dfa.train import history
 from dfa.train.average import WeightAverage
@@ -172,7 +173,8 @@ class Trainer:
         )
         self.engine.set_learning_rate(self._rate_factor)
         self.engine.objective.begin_step(self.step)
-        torch.manual_seed(hash((plan.seed, self.step, self.rank)) % 2**63)  # dropout repeats after a resume
+        # Dropout repeats after a resume, whatever process continues the run. torch takes seeds of 64 bits.
+        torch.manual_seed(stable_seed(plan.seed, self.step, self.rank) % 2**63)
         for micro in range(accumulation):
             fetch = time.perf_counter()
             batch = next(batches, None)

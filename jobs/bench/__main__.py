@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.bench.measure import hardware, section_text, write_section
+from jobs.size import PAGE
 from jobs.submitted import refuse_lost
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "cluster" / "BENCHMARKS.md"
+BENCHMARKS = PAGE
 MODES = (
     "analyze",
     "cam",

@@ -17,7 +17,7 @@ from jobs.bench.measure import Result, versions
 
 DEFAULT_REPEATS = 20
 _KILLS = 5
-_FOLDER = Path(__file__).parents[2] / "runs" / "bench_faults"
+_FOLDER = Path("runs/bench_faults").absolute()
 _LIMITS_S = {"kill": 25.0, "leave": 45.0}
 
 

@@ -16,8 +16,6 @@ from dfa.core.spectrum import (
     highest_bin,
     inverse_transform,
     low_pass,
-    mu_of,
-    radius_of,
     split,
     transform,
 )
@@ -134,9 +132,9 @@ def test_measures_of_one_band_convert_into_each_other(size, nu_max):
     assert bins_of(grid_of(nu_max)) == nu_max and grid_of(bins_of(size)) in (size, size - 1)
     if nu_max > size // 2:
         return
-    by_mu, by_bins = Band(mu_of(nu_max, size), "half_width"), Band(nu_max, "bins")
+    by_mu, by_bins = Band(nu_max / size, "half_width"), Band(nu_max, "bins")
     assert highest_bin(by_mu, size) == highest_bin(by_bins, size) == nu_max
-    assert highest_bin(Band(radius_of(nu_max), "disc"), size) == nu_max
+    assert highest_bin(Band(nu_max + 1.0, "disc"), size) == nu_max
     assert torch.equal(band_mask(size, 3, by_bins, device="cpu")[:, 0], band_mask(size, 3, by_mu, device="cpu")[:, 0])
 
 

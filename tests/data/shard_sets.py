@@ -1,10 +1,12 @@
 """Small image sets, and their shards in one call."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dfa.data import storage
 from dfa.data.planning import write_plan
 from dfa.data.sources import MaskFile
 from dfa.data.writer import finish, pending, write_shard
@@ -38,3 +40,10 @@ def shard_all(root, plan, max_reject_share=0.0):
 
 def contents(root):
     return {path.name: path.read_bytes() for path in sorted(Path(root).iterdir())}
+
+
+def hashes_are_true(index):
+    """Whether every shard has the size and the SHA-256 that the index tells."""
+    data = [storage.read_bytes(index.path(shard.name)) for shard in index.shards]
+    told = [(shard.size_bytes, shard.sha256) for shard in index.shards]
+    return told == [(len(content), hashlib.sha256(content).hexdigest()) for content in data]

@@ -15,7 +15,6 @@ from dfa.data.transforms import (
     decode_mask,
     decode_rgb,
     encode_mask,
-    fit,
     header,
     image_extension,
     sample_rng,
@@ -278,27 +277,3 @@ def test_an_rgb_picture_of_a_mask_is_an_error():
         decode_mask(encoded(Image.new("RGB", (4, 4)), "PNG"), max_pixels=LIMIT)
     with pytest.raises(ValueError, match="mask is a JPEG"):
         decode_mask(encoded(Image.new("L", (4, 4))), max_pixels=LIMIT)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"mode": "none", "size": None, "multiple_of": 16}, (368, 496)),
-        ({"mode": "none", "size": None, "multiple_of": 1}, (375, 500)),
-        ({"mode": "long_side", "size": 320, "multiple_of": 16}, (240, 320)),
-        ({"mode": "square", "size": 320, "multiple_of": 16}, (320, 320)),
-        ({"mode": "square", "size": 320, "multiple_of": 16, "scale": 1.2}, (384, 384)),
-        ({"mode": "long_side", "size": 5, "multiple_of": 16}, (16, 16)),
-    ],
-)
-def test_fit_gives_multiples_of_the_patch(settings, expected):
-    fitted = fit(smooth_image(375, 500), **settings)
-    assert fitted.image.shape == (*expected, 3)
-    assert (fitted.original_height, fitted.original_width) == (375, 500)
-
-
-def test_fit_names_what_is_allowed():
-    with pytest.raises(ValueError, match=r"'longside'.*'long_side'"):
-        fit(smooth_image(8, 8), mode="longside", size=8, multiple_of=8)
-    with pytest.raises(ValueError, match="needs a size"):
-        fit(smooth_image(8, 8), mode="square", size=None, multiple_of=8)

@@ -1,15 +1,12 @@
-"""What a finished folder of labels says of itself: rows, members, soft maps."""
+"""What a finished folder of labels says of itself: rows, members."""
 
 import tarfile
 
-import numpy as np
 import pytest
 
 from dfa.data.shards import BrokenShardError
-from dfa.label.finished import read_label_rows, read_members, read_soft
-from tests.label.folder import Label, blocks, grey_png, write_labels
-
-RANDOM = np.random.default_rng(0)
+from dfa.label.finished import read_label_rows, read_members
+from tests.label.folder import Label, blocks, write_labels
 
 
 def test_rows_with_shares_outside_0_to_1_are_named(tmp_path):
@@ -17,17 +14,6 @@ def test_rows_with_shares_outside_0_to_1_are_named(tmp_path):
         root = write_labels(tmp_path / str(wrong), [[Label("x", blocks(), (1,), confidence=wrong)]])
         with pytest.raises(ValueError, match=f"key 'x': confidence is {wrong}"):
             list(read_label_rows(root))
-
-
-def test_soft_maps_come_back_in_their_order():
-    soft_RHW = RANDOM.integers(0, 256, (3, 5, 7), dtype=np.uint8)
-    np.testing.assert_array_equal(read_soft(grey_png(soft_RHW.reshape(15, 7)), 3), soft_RHW)
-    with pytest.raises(ValueError, match="15 pixels high, no multiple of 4"):
-        read_soft(grey_png(soft_RHW.reshape(15, 7)), 4)
-    with pytest.raises(ValueError, match="at least one map"):
-        read_soft(grey_png(soft_RHW.reshape(15, 7)), 0)
-    with pytest.raises(ValueError, match=r"soft maps cannot be read: .* mode RGB"):
-        read_soft(grey_png(np.zeros((6, 2, 3), np.uint8)), 3)
 
 
 def test_members_are_read_by_name_and_a_cut_shard_is_noticed(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfa.model.inference import InputSize, predict_logits, size_class
+from dfa.model.inference import InputSize, predict_together, size_class
 
 
 def picture(height, width, batch=1):
@@ -22,6 +22,10 @@ def options(**changes):
     return {"scales": [1.0], "flip": False, "forward": pooled, "multiple_of": 8, "merge": "logits"} | changes
 
 
+def predict_logits(image, **options):
+    return predict_together([image], **options)[0]
+
+
 def test_one_scale_of_a_fitting_image_is_the_forward_itself():
     image = picture(16, 24)
     expected = F.interpolate(pooled(image / 255), size=(16, 24), mode="bilinear", align_corners=False)
@@ -29,7 +33,7 @@ def test_one_scale_of_a_fitting_image_is_the_forward_itself():
     torch.testing.assert_close(predict_logits(image / 255, **options()), expected)
 
 
-@pytest.mark.parametrize("merge", ["logits", "probabilities", "max"])
+@pytest.mark.parametrize("merge", ["logits", "max"])
 def test_scales_and_mirrored_copies_are_merged(merge):
     image, scales, views = picture(21, 35, batch=2), [0.5, 1.0, 1.6], []
     sizes = [(8, 16), (24, 32), (32, 56)]
@@ -39,10 +43,10 @@ def test_scales_and_mirrored_copies_are_merged(merge):
         for mirrored in (False, True):
             logits = pooled(resized.flip(3) if mirrored else resized)
             logits = F.interpolate(logits.flip(3) if mirrored else logits, size=(21, 35), mode="bilinear")
-            views.append(logits.softmax(1) if merge == "probabilities" else logits)
+            views.append(logits)
     expected = torch.stack(views).amax(0) if merge == "max" else sum(views) / len(views)
     got = predict_logits(image, **options(scales=scales, flip=True, merge=merge))
-    torch.testing.assert_close(got, expected.log() if merge == "probabilities" else expected)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_the_forward_meets_multiples_of_the_patch_whatever_the_image():
         return pooled(image)
 
     images = [picture(3, 500), picture(37, 16)]
-    got = predict_logits(images, **options(forward=forward, flip=True, scales=[1.0, 1.5]))
+    got = [predict_logits(image, **options(forward=forward, flip=True, scales=[1.0, 1.5])) for image in images]
     assert seen == [(2, 3, 8, 496), (2, 3, 8, 752), (2, 3, 40, 16), (2, 3, 56, 24)]
     assert [tuple(logits.shape) for logits in got] == [(1, 6, 3, 500), (1, 6, 37, 16)]
 
@@ -116,12 +120,15 @@ def test_many_classes_are_upsampled_in_parts_without_loss():
     torch.testing.assert_close(got - got[:, :1], torch.arange(70.0).view(1, 70, 1, 1).expand_as(got))
 
 
-def test_half_precision_logits_and_impossible_classes_stay_finite():
+def test_half_precision_logits_of_impossible_classes_are_merged_in_fp32():
     def forward(image):
         return torch.tensor([-60000.0, 60000.0]).view(1, 2, 1, 1).expand(len(image), 2, 1, 1).half()
 
-    got = predict_logits(picture(8, 8), **options(forward=forward, merge="probabilities"))
-    assert got.dtype == torch.float32 and got.isfinite().all()
+    got = predict_logits(
+        picture(8, 8), **options(forward=forward, flip=True, scales=[1.0, 2.0])
+    )  # halves would overflow
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.tensor([-6e4, 6e4]).half().float().view(1, 2, 1, 1).expand_as(got))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dfa.report.figures import (
     class_colour,
     encode,
     heat_overlay,
-    iou_bars,
     learning_curves,
     mask_overlay,
     palette,
@@ -122,8 +121,6 @@ def test_png_is_exact_and_jpeg_is_small():
         learning_curves({"loss": [(0, 2.0), (1, 1.0), (2, float("nan"))]}, title="t", y_label="y"),
         learning_curves({}, title="nothing yet", y_label="y"),
         learning_curves({"loss": []}, title="t", y_label="y", log=True),
-        iou_bars({"bell": 30.0, "drum": None, "<b>$x_1": 101.0}, title="t", mean=40.0),
-        iou_bars({}, title="none"),
         sweep_curve({"seed": [(0.02, 10.0), (0.4, 48.0), (0.9, 7.0)]}, title="t"),
     ],
 )
@@ -131,14 +128,6 @@ def test_figures_are_transparent_png(data):
     picture = opened(data)
     assert data.startswith(b"\x89PNG") and picture.shape[2] == 4
     assert picture[0, 0, 3] == 0 and picture[..., 3].max() == 255
-
-
-def test_bars_are_as_long_as_the_scores():
-    def drawn(value):
-        picture = opened(iou_bars({"bell": value}, title="t")).astype(int)
-        return ((np.abs(picture[..., :3] - (0x4C, 0x7D, 0xF0)).max(axis=2) < 4) & (picture[..., 3] > 250)).sum()
-
-    assert drawn(80.0) == pytest.approx(2 * drawn(40.0), rel=0.03)  # whole pixels at the ends
 
 
 def test_a_sheet_holds_all_examples_in_one_png():

@@ -4,7 +4,6 @@ Operations are floating-point ones, two per multiply-add; biases, norms and resi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import nan
 
 import torch
@@ -55,36 +54,6 @@ def truncated_flops(encoder: float, decoder: float, *, grid: int, full_grid: int
 def estimated_drop(loss_rate: float) -> float:
     """The relative drop of mIoU that R_ce foretells, `0.6725 R + 0.0022`; NaN from R = 0.2 on, where no line was fitted."""
     return DROP_SLOPE * loss_rate + DROP_OFFSET if loss_rate < DROP_LIMIT else nan
-
-
-@dataclass(frozen=True)
-class Line:
-    """`y = slope x + offset` and the coefficient of determination of the points it was fitted to."""
-
-    slope: float
-    offset: float
-    r_squared: float
-
-
-def fit_line(loss_rates: Sequence[float], drops: Sequence[float], *, below: float = DROP_LIMIT) -> Line:
-    """Least squares of relative drops on R_ce over the points with R < below, as the paper's figure 5b.
-
-    Raises:
-        ValueError: lengths that differ, or fewer than two different R below the limit.
-    """
-    if len(loss_rates) != len(drops):
-        raise ValueError(f"{len(loss_rates)} loss rates and {len(drops)} drops")
-    points = [(rate, drop) for rate, drop in zip(loss_rates, drops, strict=True) if rate < below]
-    if len({rate for rate, _ in points}) < 2:
-        raise ValueError(
-            f"a line needs two different loss rates below {below}, got {sorted({rate for rate, _ in points})}"
-        )
-    x_P, y_P = torch.tensor(points, dtype=torch.float64).unbind(1)
-    centred_P, residual_P = x_P - x_P.mean(), y_P - y_P.mean()
-    slope = float(centred_P @ residual_P / (centred_P @ centred_P))
-    unexplained = float((residual_P - slope * centred_P).square().sum())
-    spread = float(residual_P.square().sum())
-    return Line(slope, float(y_P.mean()) - slope * float(x_P.mean()), 1 - unexplained / spread if spread else nan)
 
 
 def flops_per_iou(flops: float, miou: float) -> float:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dfa.core.analysis.cross_entropy import VOID
-from dfa.core.spectrum import band_products
 
 _BOUNDARY_SHARE = 0.02
 
@@ -44,19 +43,6 @@ class Overlap:
 def _iou(both: Tensor, common: Tensor) -> Tensor:
     # The same as 1 / (c / p - 1), and 0 instead of a division where nothing is in common.
     return common / (both - common)
-
-
-@torch.no_grad()
-def soft_overlap(mask_BHW: Tensor, truth_BHW: Tensor, *, nu_max: int) -> Overlap:
-    """The overlap of two soft or binary masks of one shape, for the bands 0..nu_max; leading axes are kept.
-
-    Pixels that shall count nowhere must be zero in both.
-    """
-    if mask_BHW.shape != truth_BHW.shape:
-        raise ValueError(f"masks of shapes {tuple(mask_BHW.shape)} and {tuple(truth_BHW.shape)} do not overlap")
-    both = mask_BHW.sum((-2, -1), dtype=torch.float64) + truth_BHW.sum((-2, -1), dtype=torch.float64)
-    common = (mask_BHW * truth_BHW).sum((-2, -1), dtype=torch.float64)
-    return Overlap(both, common, band_products(truth_BHW, mask_BHW, nu_max=nu_max))
 
 
 def boundary_width(height: int, width: int) -> int:

@@ -8,9 +8,9 @@ from scipy.ndimage import binary_erosion
 
 from dfa.core.analysis.cross_entropy import VOID, cross_entropy_sums, one_hot
 from dfa.core.analysis.labels import boundary_sums, label_sums, no_labels
-from dfa.core.analysis.overlap import boundary_pixels, boundary_width, soft_overlap
+from dfa.core.analysis.overlap import Overlap, boundary_pixels, boundary_width
 from dfa.core.metrics import confusion_matrix, iou_per_class, mean_iou
-from dfa.core.spectrum import Band, band_products, joint_runs, label_products, low_pass
+from dfa.core.spectrum import Band, band_products, joint_runs, low_pass, run_products
 
 SIZES = [(12, 12), (15, 9), (8, 21), (9, 1), (1, 6)]
 
@@ -31,11 +31,12 @@ def blobs(size, *, classes=5, seed=0):
 def test_the_products_of_runs_equal_those_of_the_masks(size, nu_max):
     prediction, truth = blobs(size)
     labels = [4, 0, 2]
-    found = label_products(truth, prediction, labels, nu_max=nu_max, dtype=torch.float64)
+    runs = joint_runs(truth, prediction)
+    found = run_products(runs, labels, size=size, nu_max=nu_max, dtype=torch.float64)
     masks = [torch.stack([(each == label).double() for label in (4, 0, 2)]) for each in (truth, prediction)]
     torch.testing.assert_close(found, band_products(*masks, nu_max=nu_max), atol=1e-11, rtol=0)
     # float32 sums of at most 168 terms of size 1.
-    single = label_products(truth, prediction, labels, nu_max=nu_max, dtype=torch.float32)
+    single = run_products(runs, labels, size=size, nu_max=nu_max, dtype=torch.float32)
     torch.testing.assert_close(single, found, atol=1e-4, rtol=0)
 
 
@@ -150,6 +151,11 @@ def test_boundary_iou_equals_its_definition_and_ignores_void():
         boundary_sums(prediction, truth, num_classes=5, nu_max=3).mean_iou()
         < label_sums(prediction, truth, num_classes=5, nu_max=3).mean_iou()
     )
+
+
+def soft_overlap(mask, truth, *, nu_max):
+    areas = (mask.double() + truth.double()).sum((-2, -1)), (mask.double() * truth.double()).sum((-2, -1))
+    return Overlap(*areas, band_products(truth, mask, nu_max=nu_max))
 
 
 def test_soft_masks_have_the_same_iou_in_space_and_in_frequency():
