@@ -36,7 +36,7 @@ def test_a_wrong_key_is_told_with_its_variant_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["levers", "world"])
+@pytest.mark.parametrize("name", ["ladder", "levers", "world"])
 def test_the_ablations_of_the_world_are_valid(name):
     path, content = read_yaml(f"ablations/{name}")
     ablation = Ablation.from_mapping(content)
