@@ -55,7 +55,7 @@ class SeedSettings:
     epsilon: float
     max_iterations: int
     tolerance: float
-    normalization: Normalization
+    normalization: Normalization = "column"
 
     def __post_init__(self) -> None:
         if self.normalization not in get_args(Normalization):
