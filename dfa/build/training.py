@@ -119,6 +119,12 @@ def loop_plan(config: Config) -> LoopPlan:
     if config.crop.scale_min > config.crop.scale_max:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
     labels = _labels_address(config, shards)
+    if config.affinity.use_from_step >= train.steps:
+        logger.info(
+            "affinity.use_from_step %d is not reached in %d steps: labels are made with the un-learned affinities",
+            config.affinity.use_from_step,
+            train.steps,
+        )
     return LoopPlan(
         run_folder=storage.absolute(config.run),
         class_names=shards.class_names,

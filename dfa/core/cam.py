@@ -33,8 +33,9 @@ def strongest_background(
     listed, hardly matters: of a sum of their shares it would decide.
     """
     logit_BNK = (scale * similarity_BNK.float()).masked_fill(~column_mask_BK[:, None, :], -torch.inf)
-    best_BN, rest_BN = (part.amax(-1) for part in logit_BNK.tensor_split([num_foreground], dim=-1))
-    log_score_BN1 = functional.logsigmoid(rest_BN - best_BN)[:, :, None]
+    # An image may show no class, and a batch none at all.
+    best_BN = functional.pad(logit_BNK[:, :, :num_foreground], (0, 1), value=-torch.inf).amax(-1)
+    log_score_BN1 = functional.logsigmoid(logit_BNK[:, :, num_foreground:].amax(-1) - best_BN)[:, :, None]
     return _over_peak(log_score_BN1, torch.ones_like(column_mask_BK[:, :1]))
 
 

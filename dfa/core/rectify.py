@@ -61,13 +61,18 @@ def dense_mask(
     elif rule == "share":
         if not 0 < share < 1:
             raise ValueError(f"share must lie between 0 and 1, got {share}")
-        hidden_BP = teacher_BNN.masked_fill(~visible_BNN, torch.nan).flatten(1)
-        alpha_B11 = hidden_BP.nanquantile(1 - share, dim=1)[:, None, None]
+        # Image by image: torch takes quantiles of 16 million values at most.
+        each = [torch.nanquantile(image_P, 1 - share) for image_P in _or_nan(teacher_BNN, visible_BNN)]
+        alpha_B11 = torch.stack(each)[:, None, None]
     elif rule == "alpha":
         alpha_B11 = _visible_mean((teacher_BNN - affinity_BNN.float()).abs(), visible_BNN, (1, 2))
     else:
         raise ValueError(f"rule must be mean, row_mean, share or alpha, got {rule!r}")
     return visible_BNN & (teacher_BNN > alpha_B11)
+
+
+def _or_nan(value_BNN: Tensor, visible_BNN: Tensor) -> Tensor:
+    return value_BNN.masked_fill(~visible_BNN, torch.nan).flatten(1)
 
 
 def _visible_mean(value_BNN: Tensor, visible_BNN: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -62,6 +62,14 @@ def test_the_strongest_background_is_the_chance_of_its_best_prompt_against_the_b
             assert math.isclose(float(actual[image, i, 0]), chances[i] / max(chances), abs_tol=1e-5)
 
 
+@pytest.mark.parametrize("num_foreground", [0, 3])
+def test_without_classes_all_is_background(num_foreground):
+    similarity, mask = torch.randn(1, 9, 5), torch.ones(1, 5, dtype=torch.bool)
+    mask[:, :num_foreground] = False
+    score = strongest_background(similarity, mask, num_foreground=num_foreground, scale=20.0)
+    assert torch.equal(score, torch.ones(1, 9, 1))
+
+
 def test_listing_a_background_prompt_twice_changes_nothing():
     similarity = 0.2 * torch.randn(2, 9, 5)
     once = strongest_background(similarity, MASK, num_foreground=NUM_FOREGROUND, scale=20.0)
