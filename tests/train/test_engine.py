@@ -13,45 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dfa.train.adam import LossScale
-from dfa.train.engine import Engine, make_engine
-from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, global_loss, learning_rate_factor, world
+from dfa.train.engine import make_engine
+from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, global_loss, learning_rate_factor
+from tests.train.engines import CPU, GLOBAL_BATCH, build, train
 from tests.train.toy import SETTINGS, ToyObjective, toy_batch
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-GLOBAL_BATCH = 8
 # fp32 sums in another order (ranks, micro-batches, partitions): a few units in the last place per step
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def build(kind: str, *, stage: int = 1, precision: str = "fp32", accumulation: int = 1) -> Engine:
-    torch.manual_seed(0)
-    objective = ToyObjective(3)
-    micro = GLOBAL_BATCH // world()[1] // accumulation
-    return make_engine(
-        objective,
-        SETTINGS,
-        kind=kind,  # type: ignore[arg-type]
-        precision=precision,  # type: ignore[arg-type]
-        zero_stage=stage,
-        micro_batch=micro,
-        num_accumulation=accumulation,
-        device=CPU,
-    )
-
-
-def train(engine: Engine, steps: range) -> list[float]:
-    rank, num_ranks = world()
-    norms = []
-    for step in steps:
-        engine.set_learning_rate(learning_rate_factor(step, total=100, warmup=3, power=1.0))
-        share = GLOBAL_BATCH // num_ranks // engine.num_accumulation
-        for micro in range(engine.num_accumulation):
-            first = step * GLOBAL_BATCH + (micro * num_ranks + rank) * share
-            batch = toy_batch(range(first, first + share))
-            engine.backward(global_loss(engine.forward(batch), batch).local)
-        norms.append(engine.step())
-    return norms
 
 
 def assert_same(a: EngineState, b: EngineState, **tolerance: float) -> None:
@@ -111,7 +80,7 @@ def test_a_worker_imports_neither_the_compiler_nor_mlflow(kind: str) -> None:
     pytest.importorskip("deepspeed")
     lines = (
         "import sys",
-        "from tests.train.test_engine import build, train",
+        "from tests.train.engines import build, train",
         f"engine = build({kind!r})",
         "train(engine, range(2))",
         "engine.load(engine.state())",
