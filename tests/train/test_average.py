@@ -88,6 +88,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_every_rank_has_the_same_average_as_one_process_whatever_shards_the_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]

@@ -75,6 +75,7 @@ def test_deepspeed_makes_the_same_updates_as_torch(reference: Any, stage: int) -
     assert_same(engine.state(), reference[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["torch", "deepspeed"])
 def test_a_worker_imports_neither_the_compiler_nor_mlflow(kind: str) -> None:
     pytest.importorskip("deepspeed")
@@ -176,12 +177,14 @@ def two_ranks() -> list[dict[str, Any]]:
             return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["torch", "zero0", "zero1", "zero2"])
 def test_two_processes_equal_one_on_the_same_global_batch(two_ranks: Any, reference: Any, case: str) -> None:
     assert_same(two_ranks[0][case], reference[0])
     assert_same(two_ranks[1][case], two_ranks[0][case], rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_one_process_that_becomes_two_equals_one_that_stays(two_ranks: Any, reference: Any, stage: int) -> None:
     engine = build("torch")
@@ -190,6 +193,7 @@ def test_one_process_that_becomes_two_equals_one_that_stays(two_ranks: Any, refe
     assert_same(two_ranks[0][f"grown{stage}"], reference[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2), (2, 0)])
 def test_two_processes_that_become_one_equal_one_that_was_alone(
     two_ranks: Any, reference: Any, before: int, after: int
@@ -201,10 +205,12 @@ def test_two_processes_that_become_one_equal_one_that_was_alone(
     assert_same(engine.state(), reference[0])
 
 
+@pytest.mark.long
 def test_accumulation_is_the_same_on_both_engines(two_ranks: Any) -> None:
     assert_same(two_ranks[0]["accumulation"], two_ranks[0]["torch-accumulation"])
 
 
+@pytest.mark.long
 def test_a_nan_on_one_rank_stops_all_ranks_and_names_its_keys(two_ranks: Any) -> None:
     for states in two_ranks:
         assert "rank 1: parts ['label'] of keys ['k1']" in states["error"]
@@ -276,6 +282,7 @@ def test_impossible_engines_are_refused_with_a_reason() -> None:
         other.load(state)
 
 
+@pytest.mark.long
 def test_a_worker_imports_neither_mlflow_nor_the_compiler_for_deepspeed() -> None:
     """They cost each start of a worker more than all else together, and nobody uses them."""
     code = """

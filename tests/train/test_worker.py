@@ -131,6 +131,7 @@ def test_old_checkpoints_that_cannot_be_deleted_do_not_end_a_run(
     assert "old checkpoints were not deleted: [Errno 13] Permission denied" in caplog.text
 
 
+@pytest.mark.long
 def test_workers_that_see_different_checkpoints_do_not_train_on(tmp_path: Path, index: ShardIndex) -> None:
     plan = toy_plan(tmp_path / "run", index, engine="torch")
     train(plan, index)
