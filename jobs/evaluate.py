@@ -22,6 +22,7 @@ from dfa.label import factory
 from dfa.label.factory import LabelPass
 from dfa.label.scoring import Tally
 from dfa.label.submission import export_submission
+from dfa.label.work import Pool
 from dfa.train.loop import start_ray
 from jobs import Result, main, percent
 
@@ -30,12 +31,16 @@ PARTS = ("seed", "mask", "val", "test")
 RESULT_NAME = "evaluate.json"
 
 
-def work(config: Config) -> Result:
-    """Label what is missing, score, and keep the result in RUN/evaluate.json, or RUN/evaluate/NAME.json."""
+def work(config: Config, pool: Pool | None = None) -> Result:
+    """Label what is missing, score, and keep the result in RUN/evaluate.json, or RUN/evaluate/NAME.json.
+
+    pool: who labels; None: all that Ray has free.
+    """
     passes = _passes(config)
     plan = build.factory_plan(config, tuple(passes.values()))
-    start_ray()
-    done = factory.run(plan)
+    if pool is None:
+        start_ray()
+    done = factory.run(plan, pool)
     result: Result = {"job": "evaluate", "run": config.run, "checkpoint": build.checkpoint(config)}
     tables: dict[str, Tensor] = {}
     for split, label_pass in passes.items():

@@ -20,6 +20,7 @@ from dfa.label.export import export_pngs
 from dfa.label.finished import read_label_index
 from dfa.label.images import ListedImages
 from dfa.label.output import LabelReject
+from dfa.label.work import Pool
 from dfa.train.loop import start_ray
 from jobs import Result, main
 
@@ -28,12 +29,13 @@ _IMAGES_NAME = "images.csv"
 _REJECTS_SHOWN = 5
 
 
-def work(config: Config) -> Result:
-    """Predict the images of predict.input."""
+def work(config: Config, pool: Pool | None = None) -> Result:
+    """Predict the images of predict.input. pool: who works; None: all that Ray has free."""
     label_pass = build.predict_pass(config)
     plan = build.factory_plan(config, [label_pass])
-    start_ray()
-    done = factory.run(plan)[label_pass.name]
+    if pool is None:
+        start_ray()
+    done = factory.run(plan, pool)[label_pass.name]
     root, listing = label_pass.output, None
     rejects, unread = [f"{reject.key}: {reject.reason}" for reject in done.report.rejects], {}
     if isinstance(label_pass.images, ListedImages):

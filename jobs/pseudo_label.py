@@ -31,7 +31,7 @@ from dfa.label.export import (
 )
 from dfa.label.factory import PassResult
 from dfa.label.scoring import Tally
-from dfa.label.work import NO_LABEL
+from dfa.label.work import NO_LABEL, Pool
 from dfa.report.quality import write_quality
 from dfa.train.checkpoint import read_info
 from dfa.train.follow import follow
@@ -42,20 +42,21 @@ log = logging.getLogger("jobs.pseudo_label")
 _PNG, _COCO, _QUALITY = "_png", "_coco.json", "_quality"  # beside the folder of labels
 
 
-def work(config: Config) -> Result:
-    """Label the shards of label.split, once or again and again."""
+def work(config: Config, pool: Pool | None = None) -> Result:
+    """Label the shards of label.split, once or again and again. pool: who works; None: all that Ray has free."""
     if config.label.follow:
-        return _follow(config)
-    return _label(config)
+        return _follow(config, pool)
+    return _label(config, pool)
 
 
-def _label(config: Config) -> Result:
+def _label(config: Config, pool: Pool | None) -> Result:
     label_pass = build.label_pass(config, config.label.split, output=config.label.output)
     original = _original_ids(config)
     _check_exports(config, label_pass.output)
     plan, folder = build.factory_plan(config, [label_pass]), build.checkpoint(config)
-    start_ray()
-    done = factory.run(plan)[label_pass.name]
+    if pool is None:
+        start_ray()
+    done = factory.run(plan, pool)[label_pass.name]
     result: Result = {
         "job": "pseudo_label",
         "labels": label_pass.output,
@@ -173,7 +174,7 @@ def _check_rejects(config: Config, done: PassResult) -> None:
         )
 
 
-def _follow(config: Config) -> Result:
+def _follow(config: Config, pool: Pool | None) -> Result:
     """Label with one checkpoint after the other until the training has ended."""
     # What is wrong with these shows now, and not when the first checkpoint is there.
     build.index(config, config.label.split)
@@ -182,7 +183,7 @@ def _follow(config: Config) -> Result:
 
     def label(checkpoint: str, folder: str) -> Result:
         generation = replace(config.label, checkpoint=checkpoint, output=folder, follow=False)
-        result = _label(replace(config, run=plan.snapshots, label=generation))
+        result = _label(replace(config, run=plan.snapshots, label=generation), pool)
         log.info("labelled with %s: %s", checkpoint, result)
         return {key: result.get(key) for key in ("step", "labels", "labelled_now", "seconds", "mask_miou", "quality")}
 

@@ -8,6 +8,16 @@ import pytest
 
 # No cluster that somebody left on this machine, nor the address of one that died.
 os.environ["RAY_ADDRESS"] = "local"
+# With it, every process that Ray starts compiles torch anew where the installer did not.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that read real photographs are the stage `photographs`, before pytest chooses by markers."""
+    for item in items:
+        if "sample_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("photographs")
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def test_the_table_has_means_and_ranges_over_the_seeds():
     ]
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("ray_session")
 def test_variants_are_trained_and_scored_once(tmp_path, caplog):
     paths = [f"run={tmp_path}/run", f"shards.train={tmp_path}/train", f"shards.val={tmp_path}/val"]

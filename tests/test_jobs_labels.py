@@ -18,8 +18,10 @@ from dfa import build
 from dfa.config import load
 from dfa.data.offline import resolve
 from dfa.data.shards import read_shard
+from dfa.label.work import LocalPool
 from dfa.world.folder import write_voc
 from jobs import evaluate, pseudo_label, train
+from tests.scores import mean_iou, miou_of_files
 from tests.small_runs import untrained_checkpoint, write_shards
 
 NUM_CLASSES = 11
@@ -43,25 +45,15 @@ def _small_run(root, *, per_shard):
 
 
 def _expected_miou(labels: Path, images: str) -> float:
-    """Mean IoU over classes of the ground truth, by torchmetrics' confusion matrix on the PNGs alone."""
-    metric = MulticlassConfusionMatrix(NUM_CLASSES, ignore_index=255)
-    for shard in sorted(labels.glob("*.tar")):
-        truths = {one.key: one.mask for one in read_shard(f"{images}/{shard.name}")}
-        for one in read_shard(str(shard)):
-            pair = (np.array(Image.open(io.BytesIO(data))) for data in (one.image, truths[one.key]))
-            metric.update(*(torch.from_numpy(mask.astype(np.int64)) for mask in pair))
-    confusion = metric.compute().double()
-    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
-    return float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+    return miou_of_files(labels, images, NUM_CLASSES)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_evaluate_reuses_the_labels_and_scores_them_exactly(config):
-    labelled = pseudo_label.work(config)
+    labelled = pseudo_label.work(config, LocalPool())
     assert (labelled["num_images"], labelled["labelled_now"]) == (6, 6)
     assert sum(labelled["pixel_share"].values()) + labelled["void_share"] == pytest.approx(1, abs=1e-4)  # rounded
     written = {path: path.stat().st_mtime_ns for path in Path(labelled["labels"]).glob("*.tar")}
-    result = evaluate.work(config)
+    result = evaluate.work(config, LocalPool())
     assert {path: path.stat().st_mtime_ns for path in written} == written
     run = Path(config.run)
     assert json.loads((run / "evaluate.json").read_text()) == result
@@ -75,12 +67,11 @@ def test_evaluate_reuses_the_labels_and_scores_them_exactly(config):
     assert np.mean(columns) == pytest.approx(result["mask_miou"], abs=0.02)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_the_seed_of_the_factory_is_the_segmenters_own(config):
     """The curve at the configured threshold, recomputed one image at a time."""
     config.evaluate.parts = ["seed"]
     try:
-        result = evaluate.work(config)
+        result = evaluate.work(config, LocalPool())
     finally:
         config.evaluate.parts = ["seed", "mask", "val"]
     segmenter = build.trained_segmenter(config, torch.device("cpu"))
@@ -96,9 +87,7 @@ def test_the_seed_of_the_factory_is_the_segmenters_own(config):
             seeds = segmenter.pixel_seeds(image.byte().permute(2, 0, 1)[None], labels_BC, scales=[1.0], flip=True)
             best, slot = seeds.score_BMHW[0].max(0)
             metric.update(torch.where(best > 0.4, torch.tensor(one.labels)[slot], 0), truth)
-    confusion = metric.compute().double()
-    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
-    expected = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+    expected = mean_iou(metric.compute())
     # Rounding of batched against single products may move a pixel at the threshold: 1 of 75 000 is .01 % of a class.
     assert dict(map(tuple, result["seed_curve"]))[0.4] == pytest.approx(expected, abs=0.05)
 
@@ -110,7 +99,6 @@ def _checkpoint(config, step, val_miou):
     untrained_checkpoint(config, step=step, samples_seen=step * config.train.batch_size, val_miou=val_miou)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_following_labels_with_each_better_checkpoint_until_training_ends(config, tmp_path):
     config = copy.deepcopy(config)
     config.run = str(tmp_path / "run")
@@ -120,7 +108,7 @@ def test_following_labels_with_each_better_checkpoint_until_training_ends(config
     config.label.unary, config.label.checkpoint = "model", "best"  # an untrained affinity does not depend on its seed
     root = tmp_path / "run/labels/train_follow"
     results = []
-    follower = threading.Thread(target=lambda: results.append(pseudo_label.work(config)))
+    follower = threading.Thread(target=lambda: results.append(pseudo_label.work(config, LocalPool())))
     follower.start()
     _wait_for(lambda: (root / "current.json").exists())
     assert resolve(str(root)) is None  # a training that starts now has no offline labels yet
@@ -137,13 +125,13 @@ def test_following_labels_with_each_better_checkpoint_until_training_ends(config
     assert [each["step"] for each in results[0]["generations"]] == [1, 2, 4]
     assert sorted(path for path in root.iterdir() if path.name.startswith("step-")) == seen[1:]
     config.label.follow, config.label.checkpoint = False, "4"
-    direct = Path(pseudo_label.work(config)["labels"])
+    direct = Path(pseudo_label.work(config, LocalPool())["labels"])
     for tar in direct.glob("*.tar"):
         assert tar.read_bytes() == (seen[2] / tar.name).read_bytes()
         assert tar.read_bytes() != (seen[1] / tar.name).read_bytes()
     # Started again, it finds all done.
     config.label.follow, config.label.checkpoint = True, "best"
-    assert pseudo_label.work(config)["generations"] == []
+    assert pseudo_label.work(config, LocalPool())["generations"] == []
 
 
 def test_what_an_export_needs_is_asked_for_before_anything_is_labelled(config, tmp_path):
@@ -151,18 +139,18 @@ def test_what_an_export_needs_is_asked_for_before_anything_is_labelled(config, t
     config.label.output, config.label.coco, config.label.png = str(tmp_path / "labels"), True, True
     config.data.source = "coco"
     with pytest.raises(ValueError, match=r"label.coco=true with data.source=coco needs data.annotations"):
-        pseudo_label.work(config)
+        pseudo_label.work(config, LocalPool())
     names = build.class_set(config).names
     categories = [{"id": 2 * number, "name": name} for number, name in enumerate(names, start=1)]
     document = {"images": [{"id": 5, "file_name": "other.jpg"}], "annotations": [], "categories": categories}
     (tmp_path / "val.json").write_text(json.dumps(document))
     config.data.annotations = str(tmp_path / "val.json")
     with pytest.raises(ValueError, match=r"data.annotations .*val.json does not list 6 of the 6 images"):
-        pseudo_label.work(config)
+        pseudo_label.work(config, LocalPool())
     config.data.source, config.data.annotations = "voc", ""
     (tmp_path / "labels_png").write_text("in the way")
     with pytest.raises(ValueError, match=r"cannot be exported to .*labels_png"):
-        pseudo_label.work(config)
+        pseudo_label.work(config, LocalPool())
     assert not list((tmp_path / "labels").glob("*"))
 
 
@@ -187,14 +175,13 @@ def test_followers_of_one_training_keep_their_models_apart(config):
         build.follow_plan(config)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_other_settings_have_a_name_of_their_own_and_a_test_set_becomes_an_archive(config):
     """Square input, the largest logit and two more CRFs; the validation scenes serve as a test set."""
     run, config = Path(config.run), copy.deepcopy(config)
     config.evaluate.parts, config.evaluate.name = ["val", "test"], "square-max"
     config.evaluate.input, config.evaluate.input_size, config.evaluate.merge = "square", 64, "max"
     config.evaluate.crf_presets, config.shards.test = ["wide", "deeplab"], config.shards.val
-    result = evaluate.work(config)
+    result = evaluate.work(config, LocalPool())
     assert json.loads((run / "evaluate/square-max.json").read_text()) == result
     folder = run / "evaluate/square-max"
     assert result["val_miou"] == pytest.approx(_expected_miou(folder / "val", config.shards.val), abs=0.006)
@@ -220,25 +207,22 @@ def test_other_settings_have_a_name_of_their_own_and_a_test_set_becomes_an_archi
             ]
             truth = torch.from_numpy(np.array(Image.open(io.BytesIO(one.mask))).astype(np.int64))
             expected.update(torch.maximum(*views).argmax(1)[0], truth)
-    confusion = expected.compute().double()
-    occurs, hit = confusion.sum(1) > 0, confusion.diagonal()
-    miou = float(100 * (hit / (confusion.sum(0) + confusion.sum(1) - hit))[occurs].mean())
+    miou = mean_iou(expected.compute())
     # Rounding of batched against single products may move a pixel between two classes.
     assert result["val_miou_no_crf"] == pytest.approx(miou, abs=0.05)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_an_evaluation_at_all_scales_that_lost_a_part_does_that_part_again_to_the_same_bytes(tmp_path):
     """The published protocol (three scales, mirrored, CRF) on random weights, in shards of two scenes."""
     config = _small_run(tmp_path, per_shard=2)
     config.evaluate.parts, config.evaluate.name, config.evaluate.scales = ["val"], "published", [1.0, 1.2, 1.5]
-    first = evaluate.work(config)
+    first = evaluate.work(config, LocalPool())
     folder = Path(config.run) / "evaluate/published/val"
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("shard-*")}
     assert len(before) == 4
     for lost in (folder / "shard-000001.tar", folder / "index.json"):
         lost.unlink()  # as a kill between two shards leaves it
-    again = evaluate.work(config)
+    again = evaluate.work(config, LocalPool())
     assert {path: path.read_bytes() for path in folder.glob("shard-*")} == {
         path: data for path, (data, _) in before.items()
     }
@@ -261,13 +245,13 @@ def test_bad_evaluations_are_refused_before_anything_is_labelled(config, field, 
     config = copy.deepcopy(config)
     setattr(config.evaluate, field, value)
     with pytest.raises(ValueError, match=message):
-        evaluate.work(config)
+        evaluate.work(config, LocalPool())
 
 
 def test_shards_without_masks_and_unknown_parts_are_refused(config):
     config.evaluate.parts = ["sead"]
     try:
         with pytest.raises(ValueError, match=r"evaluate\.parts is \['sead'\]"):
-            evaluate.work(config)
+            evaluate.work(config, LocalPool())
     finally:
         config.evaluate.parts = ["seed", "mask", "val"]

@@ -15,6 +15,7 @@ from dfa import build
 from dfa.config import load
 from dfa.data.shards import read_shard
 from dfa.label.crf import PRESETS
+from dfa.label.work import LocalPool
 from dfa.world.folder import write_voc
 from jobs import predict
 from tests.small_runs import untrained_checkpoint, write_shards
@@ -27,7 +28,13 @@ UNUSABLE = ("broken.jpg", "deep/gone.png", "deep/note.png", "deep_tiny.png")
 def config(tmp_path_factory):
     """An untrained run, and a folder of pictures: scenes, a grey one, a tiny one, and two files that are none."""
     root = tmp_path_factory.mktemp("predict")
-    small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "data.samples_per_shard=4"]
+    small = [
+        "decoder.width=32",
+        "decoder.depth=1",
+        "evaluate.scales=[1.0]",
+        "data.samples_per_shard=4",
+        "label.scorers=1",
+    ]
     config = load("demo", [f"run={root}/run", f"predict.input={root}/photos", *small])
     student = build.segmenter(config, torch.device("cpu")).student
     with torch.no_grad():
@@ -65,9 +72,8 @@ def _agreement(config, paths_and_masks):
     return min(shares)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_folder_of_pictures_gets_the_masks_of_the_model(config):
-    result = predict.work(config)
+    result = predict.work(config, LocalPool())
     assert (result["num_images"], result["num_rejects"], result["predicted_now"]) == (
         NUM_IMAGES,
         NUM_BROKEN,
@@ -102,17 +108,16 @@ def test_a_folder_of_pictures_gets_the_masks_of_the_model(config):
     assert {row["key"] for row in rows if row["mask"]} == keys
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_what_is_there_is_not_predicted_again(config):
-    root = Path(predict.work(config)["output"])
+    root = Path(predict.work(config, LocalPool())["output"])
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.glob("*.tar")}
     assert len(before) == 3
     (root / "shard-000001.json").unlink()
-    again = predict.work(config)
+    again = predict.work(config, LocalPool())
     assert again["predicted_now"] == len(list(read_shard(str(root / "shard-000001.tar"))))
     paths = [each for folder in (root, Path(again["png_folder"])) for each in (folder, *folder.rglob("*"))]
     times = {path: path.stat().st_mtime_ns for path in paths}
-    assert predict.work(config)["predicted_now"] == 0
+    assert predict.work(config, LocalPool())["predicted_now"] == 0
     assert {path: path.stat().st_mtime_ns for path in paths} == times  # also of folders: no file came or went
     for path in root.glob("*.tar"):
         time_ns, data = before[path.name]
@@ -121,35 +126,33 @@ def test_what_is_there_is_not_predicted_again(config):
     # A picture that joins behind the others belongs to the last shard, which alone is done again.
     late = Path(config.predict.input) / "zz.png"
     Image.new("RGB", (30, 20), (9, 99, 199)).save(late)
-    joined = predict.work(config)
+    joined = predict.work(config, LocalPool())
     assert joined["num_images"] == NUM_IMAGES + 1
     assert joined["predicted_now"] == len(list(read_shard(str(root / "shard-000002.tar"))))
     assert Path(joined["png_folder"], "zz.png").exists()
     late.unlink()
-    assert predict.work(config)["num_images"] == NUM_IMAGES
+    assert predict.work(config, LocalPool())["num_images"] == NUM_IMAGES
     assert not Path(joined["png_folder"], "zz.png").exists()
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_another_folder_of_the_same_name_needs_an_output_of_its_own(config, tmp_path):
-    root = Path(predict.work(config)["output"])
+    root = Path(predict.work(config, LocalPool())["output"])
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (30, 20), (9, 99, 199)).save(tmp_path / "photos/a.png")
     other = replace(config, predict=replace(config.predict, input=f"{tmp_path}/photos"))
     before = sorted(root.iterdir())
     with pytest.raises(ValueError, match=f"holds the masks of {config.predict.input}, not of {tmp_path}/photos"):
-        predict.work(other)
+        predict.work(other, LocalPool())
     assert sorted(root.iterdir()) == before
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_shards_are_predicted_too(config, tmp_path):
     shards = tmp_path / "shards"
     write_shards(config, str(shards), samples_per_shard=3)
     kept = config.predict
     config.predict = type(kept)(input=str(shards), output=str(tmp_path / "masks"), crf=False, png=False)
     try:
-        result = predict.work(config)
+        result = predict.work(config, LocalPool())
         assert (result["num_images"], result["png_folder"], result["output"]) == (4, None, str(tmp_path / "masks"))
         pictures = {path.stem: path for path in Path(config.data.root).rglob("*.jpg")}
         found = [one for path in sorted((tmp_path / "masks").glob("*.tar")) for one in read_shard(str(path))]
@@ -167,9 +170,9 @@ def test_inputs_that_cannot_be_predicted_are_refused(config, tmp_path):
     kept, config.predict = config.predict, type(config.predict)(input=str(tmp_path))
     try:
         with pytest.raises(ValueError, match="no image in"):
-            predict.work(config)
+            predict.work(config, LocalPool())
         config.predict.input = ""
         with pytest.raises(ValueError, match=r"predict\.input is empty"):
-            predict.work(config)
+            predict.work(config, LocalPool())
     finally:
         config.predict = kept

@@ -27,6 +27,7 @@ SETTINGS = [
     "train.checkpoint_every=2",
     "train.validate_images=1",
     "label.min_probability=0.2",
+    "label.scorers=1",
     "evaluate.scales=[1.0]",
     "evaluate.cam_scales=[1.0]",
     "evaluate.flip=false",
@@ -53,6 +54,7 @@ def devkit(tmp_path):
     return folder
 
 
+@pytest.mark.runs
 def test_one_command_goes_from_the_folder_to_the_scores_and_again_repeats_nothing(devkit, tmp_path, ray_session):
     overrides = [*SETTINGS, f"run={tmp_path}/run", f"data.output={tmp_path}/shards"]
     first = recipe.work("voc_dfa", str(devkit), overrides)

@@ -8,6 +8,7 @@ import pytest
 import dfa
 from dfa.config import load
 from dfa.data import storage
+from dfa.label.work import LocalPool
 from dfa.train.record import Recorder
 from dfa.world.folder import write_voc
 from jobs import evaluate, predict, pseudo_label, report
@@ -19,7 +20,14 @@ from tests.small_runs import untrained_checkpoint, write_shards
 def configs(tmp_path_factory):
     """The same untrained run twice, in a folder and in a store; shards and pictures are in a folder."""
     root = tmp_path_factory.mktemp("remote")
-    small = ["decoder.width=32", "decoder.depth=1", "evaluate.scales=[1.0]", "label.batch_size=4", "label.png=true"]
+    small = [
+        "decoder.width=32",
+        "decoder.depth=1",
+        "evaluate.scales=[1.0]",
+        "label.batch_size=4",
+        "label.scorers=1",
+        "label.png=true",
+    ]
     paths = [f"run={root}/run", f"shards.train={root}/train", f"shards.val={root}/val"]
     local = load("demo", ["clip.checkpoint=random", *paths, *small, "label.coco=true", "evaluate.flip=false"])
     local.data.root = str(write_voc(root / "world", seed=1, num_train=4, num_val=3))
@@ -45,11 +53,14 @@ def contents(folder):
     return {name: storage.read_bytes(storage.join(folder, name)) for name in names}
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_labels_predictions_and_scores_of_a_remote_run_are_those_of_a_local_one(configs):
-    labelled = [pseudo_label.work(config) for config in configs]
-    predicted = [predict.work(config) for config in configs]
-    scored = [evaluate.work(config) for config in configs]
+@pytest.mark.runs
+def test_labels_predictions_and_scores_of_a_remote_run_on_ray_are_those_of_a_local_one_in_one_process(
+    configs, ray_session
+):
+    labelled, predicted, scored = (
+        [job.work(config, pool) for config, pool in zip(configs, (LocalPool(), None), strict=True)]
+        for job in (pseudo_label, predict, evaluate)
+    )
     for key, results in {"labels": labelled, "png_folder": labelled, "output": predicted}.items():
         local, remote = (contents(result[key]) for result in results)
         assert local and remote == local

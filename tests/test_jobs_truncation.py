@@ -89,6 +89,7 @@ def test_gradients_of_every_stage_are_written(config):
     assert numbers["checkpoint"].endswith("checkpoints/step-00000001")
 
 
+@pytest.mark.long
 def test_a_decoder_on_a_coarser_grid_has_gradients_up_to_its_own_and_the_change_is_told(config, caplog):
     other = copy.deepcopy(config)
     other.decoder.grid, other.analyze.nu_max = 0.5, 5

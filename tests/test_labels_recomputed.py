@@ -17,7 +17,9 @@ from pycocotools.coco import COCO
 from dfa import build
 from dfa.config import class_set, load
 from dfa.data.shards import read_shard
+from dfa.label.work import LocalPool
 from jobs import pseudo_label
+from tests import seeds_by_hand
 from tests.small_runs import untrained_checkpoint, write_shards
 
 NUM_IMAGES = 8
@@ -96,20 +98,25 @@ def one_thread():
 @pytest.fixture(scope="module", params=["voc", "coco"])
 def labelled(request, sample_data, tmp_path_factory):
     """A configuration and the result of its labelling, by the tiny CLIP and an untrained student."""
-    request.getfixturevalue("ray_session")
     root = tmp_path_factory.mktemp(request.param)
     made = {"voc": _voc, "coco": _coco}[request.param](sample_data, root)
     overrides = [*made, f"run={root}/run", f"shards.train={root}/train"]
     overrides += ["label.png=true", "label.coco=true", "label.soft=true", "label.confidence=true", "label.worst=6"]
     overrides += ["label.compare_model=true", "decoder.width=32", "decoder.depth=1"]
     overrides += [f"evaluate.thresholds={list(THRESHOLDS)}"]
-    overrides += ["label.batch_size=1"]  # as they are made again here: batched sums round differently, and ties flip
+    # What tests/seeds_by_hand.py computes; the transport converges, so that another way to it gives the same.
+    overrides += ["affinity.source=attention+features", "cam.generator=transport", "cam.form=propagate"]
+    overrides += ["cam.columns=constant", "cam.scale=20", "cam.iterations=10000", "cam.tolerance=1e-6"]
+    overrides += [
+        "label.scorers=1",
+        "label.batch_size=1",
+    ]  # as they are made again here: batched sums round differently, and ties flip
     overrides += ["label.min_confidence=0.7"] if request.param == "coco" else []
     config = load("demo", overrides)
     settings = {"shuffle": False, "samples_per_shard": 5, "max_pixels": 10**6, "max_reject_share": 0.5}
     write_shards(config, config.shards.train, **settings)
     untrained_checkpoint(config, step=7, val_miou=0.25)
-    return config, pseudo_label.work(config)
+    return config, pseudo_label.work(config, LocalPool())
 
 
 def _grey(data: bytes) -> np.ndarray:
@@ -132,14 +139,10 @@ def _whole_mask(members, key):
 
 
 def _seeds(config, raw):
-    """Scores of the image's classes by the segmenter itself, one image at a time: (rows, classes)."""
+    """Scores of the image's classes in float64, one image at a time: (rows, classes)."""
     segmenter = build.trained_segmenter(config, torch.device("cpu"))
-    image = torch.from_numpy(np.array(Image.open(io.BytesIO(raw.image)).convert("RGB"))).permute(2, 0, 1)[None]
-    labels_BC = torch.zeros(1, len(build.class_set(config).names), dtype=torch.bool)
-    labels_BC[0, [label - 1 for label in raw.labels]] = True
-    seeds = segmenter.pixel_seeds(image, labels_BC, scales=config.evaluate.cam_scales, flip=config.evaluate.flip)
-    used = seeds.class_BM[0] > 0
-    return seeds.score_BMHW[0][used].numpy(), seeds.class_BM[0][used].numpy()
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(raw.image)).convert("RGB"))).permute(2, 0, 1)
+    return seeds_by_hand.seeds(config, segmenter, image, raw.labels), np.array(raw.labels)
 
 
 def _seed_mask(scores, classes, threshold):

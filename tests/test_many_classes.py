@@ -34,6 +34,7 @@ from dfa.report.figures import Example, class_colour, mask_overlay, present_lege
 from dfa.train.checkpoint import CheckpointInfo, save_checkpoint
 from dfa.train.objective import EngineState
 from jobs import evaluate, pseudo_label, train
+from tests.scores import miou_of_files
 
 WORDS = ("beetle", "board", "drum", "fish", "kite", "lantern", "pencil")
 NAMES = tuple(" ".join(words) for words in itertools.product(WORDS, repeat=3))[:300]
@@ -271,11 +272,12 @@ def test_the_logits_of_a_batch_take_no_more_memory_than_those_of_coco(tmp_path, 
     assert build.factory_plan(settings, [seeds]).batch_pixels == 100_000
 
 
+@pytest.mark.runs
 def test_a_run_on_ray_trains_labels_and_scores_300_classes(tmp_path, shards, ray_session):
     overrides = [*small_model(tmp_path), f"run={tmp_path}/run", f"shards.train={shards.root}"]
     overrides += [f"shards.val={shards.root}", "train.steps=2", "train.batch_size=2", "train.workers=2"]
     overrides += ["train.validate_every=2", "train.checkpoint_every=2", "label.min_probability=0.2"]
-    loaded = config.load("demo", [*overrides, "evaluate.scales=[1.0]", "evaluate.cam_scales=[1.0]"])
+    loaded = config.load("demo", [*overrides, "evaluate.scales=[1.0]", "evaluate.cam_scales=[1.0]", "label.scorers=1"])
     result = train.work(loaded)
     assert (result["step"], result["samples_seen"], result["num_rejected"]) == (2, 4, 0)
     made = pseudo_label.work(loaded)
@@ -284,4 +286,6 @@ def test_a_run_on_ray_trains_labels_and_scores_300_classes(tmp_path, shards, ray
         assert set(np.unique(decode_mask(raw.image, max_pixels=10**6))) <= {*range(301), VOID}
         assert Image.open(io.BytesIO(raw.image)).mode == "I;16"
     measured = evaluate.work(loaded)
-    assert 0 <= measured["val_miou"] <= 100 and 0 <= measured["mask_miou"] <= 100
+    for name, made in (("val_miou", "predictions/val"), ("mask_miou", "labels/train")):
+        expected = miou_of_files(f"{loaded.run}/{made}", shards.root, 301, void=VOID)
+        assert measured[name] == pytest.approx(expected, abs=0.006)  # rounded to two decimals

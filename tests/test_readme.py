@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from dfa import build
@@ -30,6 +31,7 @@ QUICK = [
     "evaluate.input_size=112",
     "evaluate.flip=false",
     "label.worst=0",
+    "label.scorers=1",
 ]
 # One process and one Ray for all: each command by itself would start its own.
 # It leaves without the C++ libraries' own end, in which Ray 2.60 now and then crashes: a thread of its metrics logs that they could
@@ -60,6 +62,7 @@ def commands(title):
     return [line[2:] for line in lines if line[:2] == ["python", "-m"]]
 
 
+@pytest.mark.runs
 def test_the_commands_for_own_images_run_as_they_stand(tmp_path, monkeypatch):
     own, use = commands("Your own images"), commands("Use the model")
     first, shard, train, label, example = own

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.standing_cluster import ROOT, wait_for
 
 STAND_INS = {
@@ -37,6 +39,7 @@ jobs.run(work)
 """
 
 
+@pytest.mark.clusters
 def test_the_script_starts_all_nodes_and_a_signal_puts_it_back_into_the_queue(tmp_path):
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}")

@@ -16,6 +16,7 @@ from jobs import INTERRUPTED
 from tests.small_runs import write_shards
 from tests.standing_cluster import RAY, ROOT, StandingCluster, result_of, wait_for
 
+pytestmark = pytest.mark.clusters
 RUNTIME_ENV = ROOT / "cluster/runtime_env.yaml"
 NUM_PHOTOS = 400
 TINY = [

@@ -1,9 +1,10 @@
-"""The label factory on Ray: image shards in, label shards out, each committed by itself.
+"""The label factory: image shards in, label shards out, each committed by itself.
 
-    image shard -> batches of one size class -> scorer actors (model loaded once each) -> CRF tasks -> commit
+    image shard -> batches of one size class -> scorers (model loaded once each) -> CRF -> commit
 
+A pool does the work: on Ray with actors for the scorers and tasks for the CRF (`dfa.label.slots`), or in this process.
 A batch is a pure function of its image shard, so the same labels come out of one worker or fifty, at the first attempt
-or after a kill: what was committed is skipped, the rest is done again to the same bytes. Work of an actor, a task or a
+or after a kill: what was committed is skipped, the rest is done again to the same bytes. Work of a worker or a
 node that died is given out again. At most `window` pieces are between reading and encoding, so neither side floods
 memory. The model comes as a closure: this module knows scores only.
 """
@@ -11,28 +12,22 @@ memory. The model comes as a closure: this module knows scores only.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import ray
-import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dfa.data.shards import BrokenShardError
 from dfa.label.claim import Claim
 from dfa.label.images import ImagePart, ImageSet, SizeClass, batches_of, problem_of
 from dfa.label.output import LabelItem, LabelReport, commit, committed, finish, total_tally
 from dfa.label.scoring import LabelSettings
-from dfa.label.slots import Share, check_nodes, derive_slots, read_capacity, scorer_place
-from dfa.label.work import Batch, Piece, PieceLabels, Scorer, finish_piece, keep_freed_memory, score_batch
+from dfa.label.slots import RayPool, Share
+from dfa.label.work import Batch, LostWorkerError, PieceLabels, Pool, Scorer
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 5.0
-_MAX_ATTEMPTS = 6  # of a batch whose actor, task or node died
+_MAX_ATTEMPTS = 6  # of a batch whose worker or node died
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,9 @@ class LabelPass:
 class FactoryPlan:
     """What to label, and with what.
 
-    make_scorers is pickled and called once in each actor. A batch holds at most batch_images images of one size class and
-    batch_pixels pixels (at least one image); its CRF tasks take crf_images each.
+    make_scorers is pickled and called once in each worker that scores. share: what to take of the cluster. A batch holds at
+    most batch_images images of one size class and batch_pixels pixels (at least one image); its CRF tasks take crf_images
+    each.
     """
 
     make_scorers: Callable[[], Mapping[str, Scorer]]
@@ -114,12 +110,13 @@ class _Job:
     batch: Batch
     number: int
     place: int
-    actor: int
     attempt: int
 
 
-def run(plan: FactoryPlan) -> dict[str, PassResult]:
-    """Label every pass and return its result by name. Ray must run. What was committed before is not done again.
+def run(plan: FactoryPlan, pool: Pool | None = None) -> dict[str, PassResult]:
+    """Label every pass and return its result by name. What was committed before is not done again.
+
+    pool: who works; None: the plan's share of Ray, which must run.
 
     A shard that is missing, damaged or changed does not keep the others from being labelled; it is reported at the end.
 
@@ -136,7 +133,7 @@ def run(plan: FactoryPlan) -> dict[str, PassResult]:
             todo[each.name] = {item.shard: item for item in missing}
             if todo[each.name]:
                 each.claim.reopen()
-        line = _Line(plan, todo)
+        line = _Line(plan, todo, pool or RayPool(plan.share))
         if any(todo.values()):
             line.run()
         return {each.name: _result(each, items[each.name], line) for each in plan.passes}
@@ -171,12 +168,9 @@ def _items(label_pass: LabelPass) -> list[LabelItem]:
 class _Line:
     """The assembly line of one call: batches out, labels in, shards committed."""
 
-    def __init__(self, plan: FactoryPlan, todo: Mapping[str, Mapping[str, LabelItem]]) -> None:
-        self.plan, self.todo = plan, todo
-        self.running: dict[Any, _Job] = {}  # by the reference of the piece's labels
-        self.actors: dict[int, Any] = {}
-        self.load: dict[int, int] = {}  # pieces that each actor has taken and that are not finished
-        self.num_hired = 0
+    def __init__(self, plan: FactoryPlan, todo: Mapping[str, Mapping[str, LabelItem]], pool: Pool) -> None:
+        self.plan, self.todo, self.pool = plan, todo, pool
+        self.running: dict[Hashable, _Job] = {}  # by the ticket of the piece
         self.problems: list[str] = []
         self.seconds: dict[str, float] = {}
         self.work_s: dict[str, dict[str, float]] = {}
@@ -187,44 +181,24 @@ class _Line:
 
     def run(self) -> None:
         """Label all, commit what can be, then raise for what could not."""
-        self.start = read_capacity(self.plan.share, settle=True)
-        self.slots = derive_slots(self.start.free, self.plan.share)
-        check_nodes(self.slots, self.plan.share)
-        num_shards = sum(map(len, self.todo.values()))
-        logger.info("%d images in %d shards to label, %s", self.num_images, num_shards, self.slots)
+        plan, num_shards = self.plan, sum(map(len, self.todo.values()))
         try:
-            self._hire()
+            workers = self.pool.start(plan.make_scorers, -(-self.num_images // plan.batch_images))
+            logger.info("%d images in %d shards to label, %s", self.num_images, num_shards, workers)
             for job in self._jobs():
-                while len(self.running) >= self.slots.window(-(-self.plan.batch_images // self.plan.crf_images)):
+                while len(self.running) >= self.pool.window(-(-plan.batch_images // plan.crf_images)):
                     self._collect()
                 self._submit(job)
             while self.running:
                 self._collect()
         finally:
-            for actor in self.actors.values():
-                ray.kill(actor)
+            self.pool.stop()
         self._tell()
         if self.problems:
             shown = "; ".join(self.problems[:5]) + ("; ..." if len(self.problems) > 5 else "")
             raise ValueError(
                 f"{len(self.problems)} of {num_shards} shards have no labels, the others are done: {shown}"
             )
-
-    def _hire(self) -> None:
-        """As many scorers as the slots hold and the images want."""
-        slots, wanted = self.slots, max(1, -(-self.num_images // self.plan.batch_images))
-        options: dict[str, Any] = {"num_cpus": slots.scorer_cpus, "num_gpus": slots.scorer_gpus}
-        while len(self.actors) < min(slots.num_scorers, wanted):
-            options["scheduling_strategy"] = scorer_place(self.plan.share, self.num_hired)
-            threads = max(1, int(slots.scorer_cpus))
-            actor = _ScorerActor.options(**options).remote(self.plan.make_scorers, threads, slots.scorer_gpus > 0)
-            self.actors[self.num_hired], self.load[self.num_hired] = actor, 0
-            self.num_hired += 1
-
-    def _dismiss(self, number: int) -> None:
-        if number in self.actors:
-            ray.kill(self.actors.pop(number))
-            del self.load[number]
 
     def _jobs(self) -> Iterator[_Job]:
         plan = self.plan
@@ -250,53 +224,34 @@ class _Line:
                 shard = _OpenShard(label_pass, todo[entry.name], part, now, num_pieces)
                 number = 0
                 for batch in batches:
-                    yield _Job(shard, batch, number, 0, -1, 1)
+                    yield _Job(shard, batch, number, 0, 1)
                     number += batch.num_pieces
 
     def _submit(self, job: _Job, only: int | None = None) -> None:
         """Score the job's batch and finish its pieces, or the one at place `only`."""
         if job.shard.failed:
             return
-        actor, batch = min(self.load, key=lambda number: self.load[number]), job.batch
-        score = self.actors[actor].score.options(num_returns=batch.num_pieces)
-        scored = score.remote(job.shard.label_pass.scorer, batch)
-        places = range(batch.num_pieces) if only is None else (only,)
-        options: dict[str, Any] = {"num_cpus": self.slots.crf_cpus}
-        if self.plan.share.crf_resource:
-            options["resources"] = {self.plan.share.crf_resource: 0.001}
-        for place in places:
-            labels = _finish_piece.options(**options).remote(scored if batch.num_pieces == 1 else scored[place])
+        places = range(job.batch.num_pieces) if only is None else (only,)
+        tickets = self.pool.submit(job.shard.label_pass.scorer, job.batch, places)
+        for ticket, place in zip(tickets, places, strict=True):
             number = job.number + (place if only is None else 0)
-            self.running[labels] = _Job(job.shard, batch, number, place, actor, job.attempt)
-            self.load[actor] += 1
+            self.running[ticket] = replace(job, number=number, place=place)
 
     def _collect(self) -> None:
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=_PROGRESS_EVERY_S)
-        for reference in ready:
-            job = self.running.pop(reference)
-            if job.actor in self.load:
-                self.load[job.actor] -= 1
-            self._receive(job, reference)
+        for ticket in self.pool.finished(self.running, _PROGRESS_EVERY_S):
+            self._receive(self.running.pop(ticket), ticket)
         if time.monotonic() - self.told >= _PROGRESS_EVERY_S:
             self._tell()
-            self._adapt()
+            self.pool.adapt()
 
-    def _receive(self, job: _Job, reference: Any) -> None:
+    def _receive(self, job: _Job, ticket: Hashable) -> None:
         shard = job.shard
         try:
-            labels: PieceLabels = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, BrokenShardError):
-                self._fail(shard, str(error.cause))
-                return
-            if isinstance(error.cause, ValueError | FileNotFoundError):
-                # The input is wrong, not Ray: its own message without the remote traceback.
-                raise ValueError(str(error.cause)) from error
-            if not isinstance(error.cause, RayError):
-                raise
-            self._again(job, error)
+            labels = self.pool.labels(ticket)
+        except BrokenShardError as error:
+            self._fail(shard, str(error))
             return
-        except RayError as error:
+        except LostWorkerError as error:
             self._again(job, error)
             return
         shard.pieces[job.number] = labels
@@ -304,20 +259,16 @@ class _Line:
         if len(shard.pieces) == shard.num_pieces and not shard.failed:
             self._commit(shard)
 
-    def _again(self, job: _Job, error: RayError) -> None:
+    def _again(self, job: _Job, error: LostWorkerError) -> None:
         """A worker or node was lost: its piece is given out again, scored in the same batch, hence to the same bytes."""
-        reason = _reason(error)
         if job.attempt == _MAX_ATTEMPTS:
             keys = [row.key for row in job.batch.rows]
             raise RuntimeError(
                 f"the batch {keys[:4]} of {job.shard.part.address} lost its workers {_MAX_ATTEMPTS} times; smaller"
-                f" label.batch_size, label.batch_pixels or label.crf_images need less memory. Last: {reason}"
+                f" label.batch_size, label.batch_pixels or label.crf_images need less memory. Last: {error.reason}"
             ) from error
-        logger.warning("%s: a piece is done again after %s: %s", job.shard.item.shard, type(error).__name__, reason)
-        if isinstance(error, RayActorError) or isinstance(getattr(error, "cause", None), RayActorError):
-            self._dismiss(job.actor)
-            self._hire()
-        self._submit(_Job(job.shard, job.batch, job.number, job.place, -1, job.attempt + 1), only=job.place)
+        logger.warning("%s: a piece is done again after %s", job.shard.item.shard, error)
+        self._submit(replace(job, attempt=job.attempt + 1), only=job.place)
 
     def _fail(self, shard: _OpenShard, problem: str) -> None:
         if not shard.failed:
@@ -350,53 +301,8 @@ class _Line:
         self.num_labelled[name] = self.num_labelled.get(name, 0) + len(records)
         self.seconds[name] = time.monotonic() - self.starts[name]
 
-    def _adapt(self) -> None:
-        """Nodes that joined or left: more scorers or fewer, another window."""
-        slots = derive_slots(read_capacity(self.plan.share).grown_since(self.start), self.plan.share, at_least_one=True)
-        if slots == self.slots:
-            return
-        logger.info("the cluster has changed: %s", slots)
-        self.slots = slots
-        # The last ones hired may wait for a node that is gone; what they were given comes back as an error, and is done again.
-        for number in sorted(self.actors)[slots.num_scorers :]:
-            self._dismiss(number)
-        self._hire()
-
     def _tell(self) -> None:
         self.told = time.monotonic()
         rate = self.num_done / (self.told - self.begin)
         left = f", {rate:.1f} images/s, about {(self.num_images - self.num_done) / rate:.0f} s left" if rate else ""
         logger.info("%d of %d images labelled%s", self.num_done, self.num_images, left)
-
-
-def _reason(error: RayError) -> str:
-    """What happened to a worker, in one line: the first of the innermost error that is not Ray's heading of it."""
-    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, RayError) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith("ray::")]
-    return lines[0] if lines else type(cause).__name__
-
-
-@ray.remote
-class _ScorerActor:
-    """Holds the model, decodes and scores batches."""
-
-    def __init__(self, make_scorers: Callable[[], Mapping[str, Scorer]], threads: int, on_gpu: bool) -> None:
-        # One thread on any machine: more would compete with the CRF's tasks, and sums would depend on their number.
-        torch.set_num_threads(1)
-        self._make_scorers, self._scorers = make_scorers, dict[str, Scorer]()
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._clock = time.perf_counter if on_gpu else time.thread_time
-
-    def score(self, scorer: str, batch: Batch) -> list[Piece] | Piece:
-        # Built here and not at the start, so that what is wrong with it reaches the driver as it is.
-        if not self._scorers:
-            self._scorers = dict(self._make_scorers())
-        pieces = score_batch(batch, self._scorers[scorer], self._pool, self._clock)
-        return pieces[0] if len(pieces) == 1 else pieces
-
-
-@ray.remote(max_retries=3)
-def _finish_piece(piece: Piece) -> PieceLabels:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    return finish_piece(piece)

@@ -1,12 +1,31 @@
-"""How the label factory divides what a Ray cluster has free between scorers and CRF tasks."""
+"""How the label factory divides what a Ray cluster has free between scorers and CRF tasks, and the pool that works there."""
 
+import logging
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import torch
 from ray._private.state import available_resources_per_node  # the public call knows sums over all nodes only
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dfa.data.shards import BrokenShardError
+from dfa.label.work import (
+    Batch,
+    LostWorkerError,
+    Piece,
+    PieceLabels,
+    Scorer,
+    finish_piece,
+    keep_freed_memory,
+    score_batch,
+)
+
+logger = logging.getLogger(__name__)
 
 _SCORER_CPUS = 0.25  # of a CPU slot; the CRF's tasks reserve the rest, so that one CPU is enough for both
 _SETTLE_S = 5.0  # what a finished training held comes free within this time
@@ -171,3 +190,137 @@ def derive_slots(free: Free, share: Share, *, at_least_one: bool = False) -> Slo
 def _floor(cpus: float) -> float:
     """Ray counts CPUs in thousandths at best."""
     return int(1000 * cpus) / 1000
+
+
+class RayPool:
+    """Scorer actors, with the model loaded once in each, and CRF tasks, on what Ray has free. Ray must run.
+
+    A worker that dies is replaced; nodes that join or leave change how many there are.
+    """
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._running: dict[Any, int] = {}  # the actor of each piece, by the reference of the piece's labels
+        self._actors: dict[int, Any] = {}
+        self._load: dict[int, int] = {}  # pieces that each actor has taken and that are not finished
+        self._num_hired = 0
+
+    def start(self, make_scorers: Callable[[], Mapping[str, Scorer]], num_batches: int) -> str:
+        self._make_scorers, self._num_batches = make_scorers, num_batches
+        self._start = read_capacity(self._share, settle=True)
+        self._slots = derive_slots(self._start.free, self._share)
+        check_nodes(self._slots, self._share)
+        self._hire()
+        return str(self._slots)
+
+    def window(self, pieces_per_batch: int) -> int:
+        return self._slots.window(pieces_per_batch)
+
+    def _hire(self) -> None:
+        """As many scorers as the slots hold and the batches want."""
+        slots = self._slots
+        options: dict[str, Any] = {"num_cpus": slots.scorer_cpus, "num_gpus": slots.scorer_gpus}
+        while len(self._actors) < min(slots.num_scorers, max(1, self._num_batches)):
+            options["scheduling_strategy"] = scorer_place(self._share, self._num_hired)
+            threads = max(1, int(slots.scorer_cpus))
+            actor = _ScorerActor.options(**options).remote(self._make_scorers, threads, slots.scorer_gpus > 0)
+            self._actors[self._num_hired], self._load[self._num_hired] = actor, 0
+            self._num_hired += 1
+
+    def _dismiss(self, number: int) -> None:
+        if number in self._actors:
+            ray.kill(self._actors.pop(number))
+            del self._load[number]
+
+    def submit(self, scorer: str, batch: Batch, places: Sequence[int]) -> list[Any]:
+        number = min(self._load, key=lambda each: self._load[each])
+        scored = self._actors[number].score.options(num_returns=batch.num_pieces).remote(scorer, batch)
+        options: dict[str, Any] = {"num_cpus": self._slots.crf_cpus}
+        if self._share.crf_resource:
+            options["resources"] = {self._share.crf_resource: 0.001}
+        given = [
+            _finish_piece.options(**options).remote(scored if batch.num_pieces == 1 else scored[place])
+            for place in places
+        ]
+        self._running |= dict.fromkeys(given, number)
+        self._load[number] += len(given)
+        return given
+
+    def finished(self, tickets: Iterable[Any], wait_s: float) -> list[Any]:
+        ready, _ = ray.wait(list(tickets), num_returns=1, timeout=wait_s)
+        return ready
+
+    def labels(self, ticket: Any) -> PieceLabels:
+        number = self._running.pop(ticket)
+        if number in self._load:
+            self._load[number] -= 1
+        try:
+            return ray.get(ticket)
+        except RayTaskError as error:
+            if isinstance(error.cause, BrokenShardError):
+                raise BrokenShardError(str(error.cause)) from error
+            if isinstance(error.cause, ValueError | FileNotFoundError):
+                # The input is wrong, not Ray: its own message without the remote traceback.
+                raise ValueError(str(error.cause)) from error
+            if not isinstance(error.cause, RayError):
+                raise
+            raise self._lost(number, error) from error
+        except RayError as error:
+            raise self._lost(number, error) from error
+
+    def _lost(self, number: int, error: RayError) -> LostWorkerError:
+        """Replace the actor, if it was the actor that died."""
+        if isinstance(error, RayActorError) or isinstance(getattr(error, "cause", None), RayActorError):
+            self._dismiss(number)
+            self._hire()
+        return LostWorkerError(type(error).__name__, _reason(error))
+
+    def adapt(self) -> None:
+        """Nodes that joined or left: more scorers or fewer, another window."""
+        grown = read_capacity(self._share).grown_since(self._start)
+        slots = derive_slots(grown, self._share, at_least_one=True)
+        if slots == self._slots:
+            return
+        logger.info("the cluster has changed: %s", slots)
+        self._slots = slots
+        # The last ones hired may wait for a node that is gone; what they were given comes back as an error, and is done again.
+        for number in sorted(self._actors)[slots.num_scorers :]:
+            self._dismiss(number)
+        self._hire()
+
+    def stop(self) -> None:
+        for number in list(self._actors):
+            self._dismiss(number)
+
+
+def _reason(error: RayError) -> str:
+    """What happened to a worker, in one line: the first of the innermost error that is not Ray's heading of it."""
+    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, RayError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith("ray::")]
+    return lines[0] if lines else type(cause).__name__
+
+
+@ray.remote
+class _ScorerActor:
+    """Holds the model, decodes and scores batches."""
+
+    def __init__(self, make_scorers: Callable[[], Mapping[str, Scorer]], threads: int, on_gpu: bool) -> None:
+        # One thread on any machine: more would compete with the CRF's tasks, and sums would depend on their number.
+        torch.set_num_threads(1)
+        self._make_scorers, self._scorers = make_scorers, dict[str, Scorer]()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._clock = time.perf_counter if on_gpu else time.thread_time
+
+    def score(self, scorer: str, batch: Batch) -> list[Piece] | Piece:
+        # Built here and not at the start, so that what is wrong with it reaches the driver as it is.
+        if not self._scorers:
+            self._scorers = dict(self._make_scorers())
+        pieces = score_batch(batch, self._scorers[scorer], self._pool, self._clock)
+        return pieces[0] if len(pieces) == 1 else pieces
+
+
+@ray.remote(max_retries=3)
+def _finish_piece(piece: Piece) -> PieceLabels:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    return finish_piece(piece)

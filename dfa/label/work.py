@@ -1,15 +1,16 @@
 """What the factory's workers do with a batch: read and score it, then CRF, encoding and counting of its images.
 
-Plain functions of their arguments: the same batch gives the same bytes on any worker and at any attempt.
+Plain functions of their arguments: the same batch gives the same bytes on any worker and at any attempt. A `Pool` runs
+them: `LocalPool` in this process, `dfa.label.slots.RayPool` on all that a Ray cluster has free.
 """
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -94,6 +95,99 @@ class PieceLabels:
     rejects: tuple[LabelReject, ...]
     tally: Tally
     seconds: dict[str, float]
+
+
+class LostWorkerError(RuntimeError):
+    """The worker or the node of a piece died: whoever gave the piece out may give it out again. reason: in one line."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.reason = reason
+
+
+class Pool(Protocol):
+    """Who works for the factory. A ticket stands for a piece that was given out."""
+
+    def start(self, make_scorers: Callable[[], Mapping[str, Scorer]], num_batches: int) -> str:
+        """Get ready for about so many batches; returns who works, for the log."""
+        ...
+
+    def window(self, pieces_per_batch: int) -> int:
+        """How many pieces may be out at a time."""
+        ...
+
+    def submit(self, scorer: str, batch: Batch, places: Sequence[int]) -> Sequence[Hashable]:
+        """Give out the pieces at `places` of a batch; one ticket for each."""
+        ...
+
+    def finished(self, tickets: Iterable[Hashable], wait_s: float) -> Sequence[Hashable]:
+        """One of the tickets that is done, or none within `wait_s`."""
+        ...
+
+    def labels(self, ticket: Hashable) -> PieceLabels:
+        """What became of a ticket that is done.
+
+        Raises:
+            BrokenShardError, ValueError: the input is wrong.
+            LostWorkerError: the piece is lost, not the input.
+        """
+        ...
+
+    def adapt(self) -> None:
+        """Look at what has changed since: workers may have come or gone. The factory calls this every few seconds."""
+        ...
+
+    def stop(self) -> None:
+        """Let all workers go."""
+        ...
+
+
+class LocalPool:
+    """One worker, this process: a piece is done when it is asked for. The bytes are those of any other pool."""
+
+    def __init__(self) -> None:
+        self._scorers: Mapping[str, Scorer] = {}
+        self._make_scorers: Callable[[], Mapping[str, Scorer]] = dict
+        self._waiting: dict[int, tuple[str, Batch, int]] = {}
+        self._scored: tuple[Batch | None, list[Piece]] = None, []
+        self._num_tickets = 0
+
+    def start(self, make_scorers: Callable[[], Mapping[str, Scorer]], num_batches: int) -> str:
+        self._make_scorers, self._scorers = make_scorers, {}
+        return "in this process"
+
+    def window(self, pieces_per_batch: int) -> int:
+        return pieces_per_batch
+
+    def submit(self, scorer: str, batch: Batch, places: Sequence[int]) -> list[int]:
+        tickets = list(range(self._num_tickets, self._num_tickets + len(places)))
+        self._num_tickets += len(places)
+        self._waiting |= {ticket: (scorer, batch, place) for ticket, place in zip(tickets, places, strict=True)}
+        return tickets
+
+    def finished(self, tickets: Iterable[Any], wait_s: float) -> list[int]:
+        return [min(tickets)]
+
+    def labels(self, ticket: Any) -> PieceLabels:
+        scorer, batch, place = self._waiting.pop(ticket)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as every worker: sums depend on the number of threads
+        try:
+            if self._scored[0] is not batch:
+                self._scorers = self._scorers or dict(self._make_scorers())
+                self._scored = batch, score_batch(batch, self._scorers[scorer])
+            return finish_piece(self._scored[1][place])
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+        finally:
+            torch.set_num_threads(threads)
+
+    def adapt(self) -> None:
+        """Nothing: this process stays as it is."""
+
+    def stop(self) -> None:
+        self._waiting.clear()
+        self._scored, self._scorers = (None, []), {}
 
 
 @dataclass

@@ -262,6 +262,7 @@ def test_a_json_without_vocabulary_uses_open_clips_tokenizer(tmp_path):
     assert isinstance(clip, FrozenClip) and clip.text_bank([["dog"]], ["a {}."]).shape == (1, 24)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_blocks_and_sizes(tmp_path, quick_gelu):
     path = write_model(tmp_path, top={"quick_gelu": quick_gelu})

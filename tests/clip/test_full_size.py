@@ -11,6 +11,7 @@ from dfa import config as configuration
 from dfa.build.data import class_set
 from tests.clip.models import assert_relative, bank, load, normalized, picture, transformers_copy
 
+pytestmark = pytest.mark.full_size
 MODEL = "ViT-B-16-quickgelu"
 EVERY = {"token_blocks": 12, "attention_blocks": 12, "surgery_blocks": 5}
 

@@ -1,4 +1,7 @@
-"""The factory on Ray with a scorer that needs no model: restarts, order, rejects, damage, lost workers."""
+"""The factory with a scorer that needs no model: restarts, order, rejects, damage, lost workers.
+
+What a pool of workers cannot change runs in this process; what Ray does to work, errors and processes runs on Ray.
+"""
 
 import hashlib
 import io
@@ -25,12 +28,12 @@ from PIL import Image
 from dfa.data import storage
 from dfa.data.listing import list_images
 from dfa.data.shards import load_index, read_shard
-from dfa.data.transforms import decode_mask
 from dfa.label import factory
 from dfa.label.images import ListedImages
-from dfa.label.scoring import label_image
 from dfa.label.slots import Share
+from dfa.label.work import LocalPool
 from tests.data.object_store import DisturbedWay, address, object_store
+from tests.label.by_hand import confusion, mask_of, refined
 from tests.label.colours import (
     CLASSES,
     SETTINGS,
@@ -52,10 +55,27 @@ def shards(tmp_path):
 
 
 def _run(index, output, **options):
-    return factory.run(colour_plan(colour_pass(index, output, **options)))["colours"]
+    """In this process."""
+    return factory.run(colour_plan(colour_pass(index, output, **options)), LocalPool())["colours"]
+
+
+def _run_on_ray(index, output, **options):
+    """On two scorers: there are three batches."""
+    return factory.run(colour_plan(colour_pass(index, output, **options), batch_images=4))["colours"]
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_rays_workers_and_this_process_write_the_same_bytes_and_counts(shards, tmp_path):
+    settings = replace(SETTINGS, soft=True, confidence=True)
+    there = _run_on_ray(shards, tmp_path / "there", settings=settings)
+    here = _run(shards, tmp_path / "here", settings=settings)
+    assert there.images_now == here.images_now == 10
+    assert label_bytes(tmp_path / "there") == label_bytes(tmp_path / "here")
+    for name in ("mask_CC", "argmax_CC", "sweep_TCC", "pixels_C"):
+        assert getattr(there.report.tally, name).equal(getattr(here.report.tally, name))
+    assert set(there.work_s) == set(here.work_s) == {"read", "cam", "crf", "encode"}
+
+
 def test_a_restart_labels_what_is_missing_to_the_same_bytes(shards, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     first = _run(shards, whole)
@@ -75,10 +95,9 @@ def test_a_restart_labels_what_is_missing_to_the_same_bytes(shards, tmp_path):
     assert mended.report.tally.sweep_TCC.equal(first.report.tally.sweep_TCC)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_labels_join_the_images_by_key_and_equal_one_by_one_labelling(shards, tmp_path):
+def test_labels_join_the_images_by_key_and_are_those_of_the_crf_library_and_a_loop(shards, tmp_path):
     report = _run(shards, tmp_path / "labels").report
-    confusion = torch.zeros(4, 4, dtype=torch.int64)
+    pairs = []
     for entry in shards.shards:
         images = list(read_shard(shards.path(entry.name)))
         labels = list(read_shard(f"{report.root}/{entry.name}"))
@@ -87,20 +106,20 @@ def test_labels_join_the_images_by_key_and_equal_one_by_one_labelling(shards, tm
         for image, label in zip(images, labels, strict=True):
             pixels_HW3 = np.array(Image.open(io.BytesIO(image.image)))
             (scores,) = colour_scores([torch.from_numpy(pixels_HW3).permute(2, 0, 1)], [image.labels])
-            expected = label_image(pixels_HW3, scores, decode_mask(image.mask, max_pixels=10_000), SETTINGS)
-            np.testing.assert_array_equal(decode_mask(label.image, max_pixels=10_000), expected.mask_HW)
-            confusion += expected.tally.mask_CC
-    assert report.tally.mask_CC.equal(confusion)
+            expected_HW = mask_of(refined(pixels_HW3, scores.score_KHW, SETTINGS.crf), scores.class_ids)
+            np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(label.image))), expected_HW)
+            pairs.append((np.array(Image.open(io.BytesIO(image.mask))), expected_HW))
+    assert report.tally.mask_CC.tolist() == confusion(pairs, 3).tolist()
+    assert report.tally.num_truth == 10
     assert _run(shards, tmp_path / "few", limit=5).report.num_samples == 5
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_soft_maps_confidence_and_quality_are_read_by_webdataset_pil_and_parquet_alone(shards, tmp_path):
-    settings = replace(SETTINGS, soft=True, confidence=True, min_confidence=0.6)
+    settings = replace(SETTINGS, soft=True, confidence=True, min_confidence=0.98)
     report = _run(shards, tmp_path / "labels", settings=settings).report
     rows = {row["key"]: row for row in pyarrow.parquet.read_table(f"{report.root}/samples.parquet").to_pylist()}
     images = {raw.key: raw for entry in shards.shards for raw in read_shard(shards.path(entry.name))}
-    seen = 0
+    seen = num_void = 0
     for entry in shards.shards:
         for sample in webdataset.WebDataset(f"{report.root}/{entry.name}", shardshuffle=False):
             key, note, raw = sample["__key__"], json.loads(sample["json"]), images[sample["__key__"]]
@@ -110,28 +129,29 @@ def test_soft_maps_confidence_and_quality_are_read_by_webdataset_pil_and_parquet
             soft_KHW = soft.reshape(len(note["classes"]), *mask_HW.shape)
             pixels_HW3 = np.array(Image.open(io.BytesIO(raw.image)))
             (scores,) = colour_scores([torch.from_numpy(pixels_HW3).permute(2, 0, 1)], [raw.labels])
-            expected = label_image(pixels_HW3, scores, None, settings)
+            probability_KHW = refined(pixels_HW3, scores.score_KHW, settings.crf)
             assert note["classes"] == [0, *raw.labels]
-            np.testing.assert_array_equal(mask_HW, expected.mask_HW)
+            np.testing.assert_array_equal(mask_HW, mask_of(probability_KHW, note["classes"], 0.98))
+            np.testing.assert_array_equal(soft_KHW, np.rint(255 * probability_KHW))
             np.testing.assert_array_equal(soft_KHW.max(0), best_HW)
             certain_HW = mask_HW != 255
             winner_HW = np.array(note["classes"])[soft_KHW.argmax(0)]
             # Where two maps round to the same number, either may be the winner.
             clear_HW = certain_HW & ((soft_KHW == best_HW).sum(0) == 1)
             np.testing.assert_array_equal(winner_HW[clear_HW], mask_HW[clear_HW])
-            assert (best_HW[~certain_HW] <= round(255 * 0.6)).all()
+            assert (best_HW[~certain_HW] <= round(255 * 0.98)).all()
             row = rows[key]
             assert row["void_share"] == pytest.approx((~certain_HW).mean(), abs=1e-6)
             assert row["confidence"] == pytest.approx(best_HW.mean() / 255, abs=0.002)  # rounded to 8 bits
             assert row["empty"] == [index for index in raw.labels if index not in mask_HW]
             unary_HW = np.array(note["classes"])[scores.score_KHW.argmax(0)]
-            before_void_HW = label_image(pixels_HW3, scores, None, SETTINGS).mask_HW
+            before_void_HW = mask_of(probability_KHW, note["classes"])
             assert row["agreement_seed"] == pytest.approx((unary_HW == before_void_HW).mean(), abs=1e-6)
-            seen += 1
+            seen, num_void = seen + 1, num_void + int((~certain_HW).sum())
     assert seen == len(rows) == 10
+    assert num_void > 10  # or nothing was said of void
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_labels_with_extra_maps_serve_those_who_do_not_ask_and_others_are_made_anew(shards, tmp_path):
     with_maps = replace(SETTINGS, soft=True, confidence=True)
     _run(shards, tmp_path / "a", settings=with_maps)
@@ -142,7 +162,6 @@ def test_labels_with_extra_maps_serve_those_who_do_not_ask_and_others_are_made_a
     assert _run(shards, tmp_path / "b", settings=replace(SETTINGS, soft=True)).images_now == 10
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_new_content_replaces_labels_and_foreign_folders_are_left_alone(shards, tmp_path):
     output = tmp_path / "labels"
     _run(shards, output, limit=4)
@@ -155,7 +174,6 @@ def test_new_content_replaces_labels_and_foreign_folders_are_left_alone(shards, 
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_changed_cut_and_missing_image_shards_are_named_and_the_others_are_labelled(shards, tmp_path):
     output = tmp_path / "labels"
     first, second, third = (Path(shards.path(entry.name)) for entry in shards.shards)
@@ -189,19 +207,19 @@ def test_a_picture_that_vanishes_costs_its_shard_alone(tmp_path):
     assert made == ["shard-000000.tar", "shard-000002.tar"]
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_scorer_that_cannot_be_made_ends_the_job_with_its_own_words(shards, tmp_path):
     def make():
         raise ValueError("the checkpoint has other classes")
 
     plan = colour_plan(colour_pass(shards, tmp_path / "new"), make=make)
     with pytest.raises(ValueError, match=r"^the checkpoint has other classes$"):
-        factory.run(plan)
+        factory.run(plan, LocalPool())
 
 
+@pytest.mark.clusters
 def test_an_error_of_the_input_is_told_once_and_not_again_by_each_task_behind_it(shards, tmp_path):
     code = (
-        "import gc, time; from tests.label.test_factory import *; from dfa.train.loop import start_ray\n"
+        "import gc, time; from tests.label.colours import *; from dfa.train.loop import start_ray\n"
         "def make(): raise ValueError('the checkpoint has other classes')\n"
         "start_ray(num_cpus=1)\n"
         f"each = colour_pass(load_index({shards.root!r}), {str(tmp_path / 'new')!r})\n"
@@ -210,11 +228,10 @@ def test_an_error_of_the_input_is_told_once_and_not_again_by_each_task_behind_it
         "gc.collect(); time.sleep(1)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "the checkpoint has other classes\n"
+    assert done.stdout == "the checkpoint has other classes\n"  # its own words, without Ray's
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_full_disk_is_said_and_earlier_shards_are_intact(shards, tmp_path):
     """A file size limit of the process stands for the disk: the system refuses the write itself."""
     output = tmp_path / "labels"
@@ -234,7 +251,6 @@ def test_a_full_disk_is_said_and_earlier_shards_are_intact(shards, tmp_path):
     assert _run(shards, output).report.num_samples == 10
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_samples_without_label_or_pixels_are_rejected_with_their_reason(shards, tmp_path):
     entry = shards.shards[0]
     path = Path(shards.path(entry.name))
@@ -255,6 +271,7 @@ def test_samples_without_label_or_pixels_are_rejected_with_their_reason(shards, 
     assert report.num_samples == done.images_now == 8
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("ray_session")
 def test_images_and_labels_may_lie_in_an_object_store_behind_a_bad_line(tmp_path):
     sizes = [[(12, 16), (16, 12), (13, 17)][n % 3] for n in range(10)]
@@ -266,7 +283,7 @@ def test_images_and_labels_may_lie_in_an_object_store_behind_a_bad_line(tmp_path
         assert [shard.sha256 for shard in remote.shards] == [shard.sha256 for shard in local.shards]
         way.cut_after, way.cuts = 3000, 2
         output = address(way.port, "made/labels")
-        report = _run(remote, output).report
+        report = _run_on_ray(remote, output).report
         assert way.cuts == 0
         assert report.num_samples == 10
         expected = label_bytes(tmp_path / "labels")
@@ -293,6 +310,7 @@ def _kill_once(title: str, killed: list[int]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("title", ["ray::_ScorerActor.score", "ray::_finish_piece"])
 def test_a_killed_worker_costs_its_piece_and_no_byte(title, tmp_path, caplog):

@@ -20,6 +20,7 @@ print(before, [faults() for _ in range(3)][-1])
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_large_block_is_not_fetched_from_the_system_again():
     done = subprocess.run(

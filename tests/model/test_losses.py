@@ -89,6 +89,7 @@ def test_taken_in_parts_the_loss_and_its_gradient_are_those_of_the_whole_batch(m
         torch.testing.assert_close(part_gradient, gradient)
 
 
+@pytest.mark.long
 def test_the_loss_of_a_thousand_classes_holds_the_pixels_of_one_image(monkeypatch):
     held = []
     monkeypatch.setattr(losses, "upsample_logits", lambda *given: held.append(upsample_logits(*given)) or held[-1])

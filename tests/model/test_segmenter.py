@@ -7,7 +7,7 @@ from dfa import build
 from dfa.config import load
 
 
-@pytest.mark.parametrize("patches_at_once", [1, 30, 10_000])
+@pytest.mark.parametrize("patches_at_once", [pytest.param(1, marks=pytest.mark.long), 30, 10_000])
 def test_an_image_s_maps_do_not_depend_on_its_batch_nor_on_the_parts_it_is_cut_into(patches_at_once, monkeypatch):
     monkeypatch.setattr("dfa.model.segmenter._PATCHES_AT_ONCE", patches_at_once)
     segmenter = build.segmenter(load("demo"), torch.device("cpu"))

@@ -25,9 +25,9 @@ from dfa.train.objective import EngineState
 from dfa.train.progress import Progress
 from dfa.train.stop import STOP_NAME
 from dfa.train.worker import Trainer
-from tests.train.test_engine import build
-from tests.train.test_engine import train as train_engine
-from tests.train.test_worker import CPU, index, stopping_after, train  # noqa: F401
+from tests.train import engines
+from tests.train.engines import CPU, build
+from tests.train.local_run import stopping_after, train
 from tests.train.toy import ToyObjective, local_batches, toy_plan
 
 NAMES = ("cat", "dog")
@@ -76,7 +76,7 @@ def test_while_it_is_used_the_objective_has_it_and_its_own_weights_afterwards_to
 def _averaged(engine: Any) -> dict[str, torch.Tensor]:
     average = WeightAverage(engine.objective, 0.9)
     for step in range(3):
-        train_engine(engine, range(step, step + 1))
+        engines.train(engine, range(step, step + 1))
         average.update(step + 1)
     return average.state()
 
@@ -88,6 +88,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_every_rank_has_the_same_average_as_one_process_whatever_shards_the_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
@@ -102,7 +103,7 @@ def test_every_rank_has_the_same_average_as_one_process_whatever_shards_the_opti
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_a_stopped_and_resumed_run_has_the_average_of_an_uninterrupted_one(
     tmp_path: Path,
-    index: ShardIndex,  # noqa: F811
+    index: ShardIndex,
     engine: str,
 ) -> None:
     if engine == "deepspeed":
@@ -135,7 +136,7 @@ class Watched(ToyObjective):
 
 def test_validation_sees_the_average_and_training_goes_on_from_its_own_weights(
     tmp_path: Path,
-    index: ShardIndex,  # noqa: F811
+    index: ShardIndex,
 ) -> None:
     without, kept = (
         toy_plan(tmp_path / name, index, engine="torch", average_decay=decay, make_objective=lambda _: Watched(3))
@@ -154,7 +155,7 @@ def test_validation_sees_the_average_and_training_goes_on_from_its_own_weights(
 
 def test_an_average_that_begins_later_begins_with_the_weights_and_says_so(
     tmp_path: Path,
-    index: ShardIndex,  # noqa: F811
+    index: ShardIndex,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan = toy_plan(tmp_path, index, engine="torch")

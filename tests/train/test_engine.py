@@ -13,45 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dfa.train.adam import LossScale
-from dfa.train.engine import Engine, make_engine
-from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, global_loss, learning_rate_factor, world
+from dfa.train.engine import make_engine
+from dfa.train.objective import EngineState, LossPart, NonFiniteLossError, global_loss, learning_rate_factor
+from tests.train.engines import CPU, GLOBAL_BATCH, build, train
 from tests.train.toy import SETTINGS, ToyObjective, toy_batch
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-GLOBAL_BATCH = 8
 # fp32 sums in another order (ranks, micro-batches, partitions): a few units in the last place per step
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def build(kind: str, *, stage: int = 1, precision: str = "fp32", accumulation: int = 1) -> Engine:
-    torch.manual_seed(0)
-    objective = ToyObjective(3)
-    micro = GLOBAL_BATCH // world()[1] // accumulation
-    return make_engine(
-        objective,
-        SETTINGS,
-        kind=kind,  # type: ignore[arg-type]
-        precision=precision,  # type: ignore[arg-type]
-        zero_stage=stage,
-        micro_batch=micro,
-        num_accumulation=accumulation,
-        device=CPU,
-    )
-
-
-def train(engine: Engine, steps: range) -> list[float]:
-    rank, num_ranks = world()
-    norms = []
-    for step in steps:
-        engine.set_learning_rate(learning_rate_factor(step, total=100, warmup=3, power=1.0))
-        share = GLOBAL_BATCH // num_ranks // engine.num_accumulation
-        for micro in range(engine.num_accumulation):
-            first = step * GLOBAL_BATCH + (micro * num_ranks + rank) * share
-            batch = toy_batch(range(first, first + share))
-            engine.backward(global_loss(engine.forward(batch), batch).local)
-        norms.append(engine.step())
-    return norms
 
 
 def assert_same(a: EngineState, b: EngineState, **tolerance: float) -> None:
@@ -106,12 +75,13 @@ def test_deepspeed_makes_the_same_updates_as_torch(reference: Any, stage: int) -
     assert_same(engine.state(), reference[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["torch", "deepspeed"])
 def test_a_worker_imports_neither_the_compiler_nor_mlflow(kind: str) -> None:
     pytest.importorskip("deepspeed")
     lines = (
         "import sys",
-        "from tests.train.test_engine import build, train",
+        "from tests.train.engines import build, train",
         f"engine = build({kind!r})",
         "train(engine, range(2))",
         "engine.load(engine.state())",
@@ -207,12 +177,14 @@ def two_ranks() -> list[dict[str, Any]]:
             return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["torch", "zero0", "zero1", "zero2"])
 def test_two_processes_equal_one_on_the_same_global_batch(two_ranks: Any, reference: Any, case: str) -> None:
     assert_same(two_ranks[0][case], reference[0])
     assert_same(two_ranks[1][case], two_ranks[0][case], rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_one_process_that_becomes_two_equals_one_that_stays(two_ranks: Any, reference: Any, stage: int) -> None:
     engine = build("torch")
@@ -221,6 +193,7 @@ def test_one_process_that_becomes_two_equals_one_that_stays(two_ranks: Any, refe
     assert_same(two_ranks[0][f"grown{stage}"], reference[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2), (2, 0)])
 def test_two_processes_that_become_one_equal_one_that_was_alone(
     two_ranks: Any, reference: Any, before: int, after: int
@@ -232,10 +205,12 @@ def test_two_processes_that_become_one_equal_one_that_was_alone(
     assert_same(engine.state(), reference[0])
 
 
+@pytest.mark.long
 def test_accumulation_is_the_same_on_both_engines(two_ranks: Any) -> None:
     assert_same(two_ranks[0]["accumulation"], two_ranks[0]["torch-accumulation"])
 
 
+@pytest.mark.long
 def test_a_nan_on_one_rank_stops_all_ranks_and_names_its_keys(two_ranks: Any) -> None:
     for states in two_ranks:
         assert "rank 1: parts ['label'] of keys ['k1']" in states["error"]
@@ -307,6 +282,7 @@ def test_impossible_engines_are_refused_with_a_reason() -> None:
         other.load(state)
 
 
+@pytest.mark.long
 def test_a_worker_imports_neither_mlflow_nor_the_compiler_for_deepspeed() -> None:
     """They cost each start of a worker more than all else together, and nobody uses them."""
     code = """

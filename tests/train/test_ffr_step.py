@@ -84,6 +84,7 @@ def test_the_rectification_is_that_of_the_selected_tokens():
     assert part.count == selected.sum()
 
 
+@pytest.mark.long
 def test_the_classifier_learns_the_image_level_labels_from_visible_patches():
     step, batch = make_step(*FFR), make_batch()
     part = made(step, batch)["intermediate_classifier"]
@@ -139,6 +140,7 @@ def test_every_parameter_is_in_one_group():
     assert sorted(grouped) == sorted(id(parameter) for parameter in step.parameters())
 
 
+@pytest.mark.long
 def test_a_few_steps_lower_the_loss():
     step, batch = make_step(*FFR, "ffr.high_labels=same"), make_batch()
     optimizer = torch.optim.AdamW(step.parameters(), lr=1e-3)

@@ -25,6 +25,7 @@ def values(text: str, name: str, run: str) -> list[float]:
     ]
 
 
+@pytest.mark.runs  # Ray passes metrics on every few seconds
 def test_a_line_of_metrics_is_at_rays_prometheus_endpoint(ray_session: None) -> None:
     gauges = Gauges("s3://bucket/runs/owls?region=eu")
     gauges.write("train", 10, {"images_per_s": 1.0, "loss": 9.0})

@@ -17,7 +17,7 @@ from dfa.train.checkpoint import latest_checkpoint, list_checkpoints
 from dfa.train.plan import LoopPlan
 from dfa.train.progress import Progress, Row
 from dfa.train.worker import Trainer
-from tests.train.toy import local_batches, toy_plan, write_toy_shards
+from tests.train.toy import local_batches, toy_plan
 
 SIZES = (7, 5, 8)
 KEYS = [f"k{sample}" for sample in range(20)]
@@ -76,11 +76,6 @@ def test_two_rows_of_a_rank_in_the_wrong_order_are_found(tmp_path: Path) -> None
     rows = specified(48)
     rows[4], rows[5] = rows[5], rows[4]  # between ranks no order is promised
     assert verdict(tmp_path, rows).exactly_once
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    return write_toy_shards(tmp_path_factory.mktemp("shards") / "toy", num_samples=20, samples_per_shard=7)
 
 
 def train(plan: LoopPlan, index: ShardIndex, fail_after: int | None = None) -> None:

@@ -151,12 +151,14 @@ def test_a_store_that_is_down_does_not_end_a_run_before_its_failures_are_counted
         failures.after_exception(None, {0: lost})
 
 
+@pytest.mark.faults
 def test_a_worker_error_reaches_the_caller_as_it_is(ray_session: None, index: ShardIndex, tmp_path: Path) -> None:
     plan = toy.toy_plan(tmp_path, index, precision="fp16", engine="torch")
     with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
         run(plan)
 
 
+@pytest.mark.faults
 def test_a_store_that_fails_while_the_workers_start_is_asked_again(
     ray_session: None, index: ShardIndex, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def killed_once(marker: Path, run_folder: str):
     return make
 
 
+@pytest.mark.faults
 def test_a_run_in_an_object_store_killed_stopped_and_resumed_over_a_broken_way_equals_a_local_one(
     ray_session, way, tmp_path
 ):

@@ -22,34 +22,18 @@ from dfa.train.progress import Progress
 from dfa.train.record import read_metrics
 from dfa.train.stop import STOP_NAME
 from dfa.train.worker import Trainer
-from tests.train.toy import ToyObjective, local_batches, toy_plan, write_toy_shards
+from tests.train.local_run import CPU, stopping_after, train
+from tests.train.toy import ToyObjective, local_batches, toy_plan
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    return write_toy_shards(tmp_path_factory.mktemp("shards") / "toy", num_samples=20, samples_per_shard=7)
-
-
-def train(plan: LoopPlan, index: ShardIndex, batches: Any = None) -> dict[str, Any]:
-    checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
-    progress = Progress(plan.shard_sizes) if checkpoint is None else checkpoint.progress
-    trainer = Trainer(plan, device=CPU, checkpoint=checkpoint)
-    return trainer.train(batches or local_batches(plan, index, progress), report=lambda _: None)
+NODES = [(1,), (2,), (1, 1, 1), (4,), (3, 1), (16, 16), (64,)]
+TOO_SMALL = ((1,), 4, 0)  # CPUs of the nodes, workers, fewest workers
+PLACES = [each for each in itertools.product(NODES, (1, 2, 4), (0, 1)) if each != TOO_SMALL]
 
 
 def weights(plan: LoopPlan) -> dict[str, Tensor]:
     checkpoint = latest_checkpoint(Path(plan.run_folder), class_names=plan.class_names)
     assert checkpoint is not None
     return checkpoint.engine.weights
-
-
-def stopping_after(batches: Iterator[Batch], run: Path, number: int) -> Iterator[Batch]:
-    for i, batch in enumerate(batches):
-        if i == number:
-            (run / STOP_NAME).touch()
-        yield batch
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
@@ -154,6 +138,7 @@ def test_old_checkpoints_that_cannot_be_deleted_do_not_end_a_run(
     assert "old checkpoints were not deleted: [Errno 13] Permission denied" in caplog.text
 
 
+@pytest.mark.long
 def test_workers_that_see_different_checkpoints_do_not_train_on(tmp_path: Path, index: ShardIndex) -> None:
     plan = toy_plan(tmp_path / "run", index, engine="torch")
     train(plan, index)
@@ -226,16 +211,19 @@ def test_plans_that_do_not_fit_are_refused_with_the_numbers(tmp_path: Path, inde
         derive_resources(replace(plan, num_workers=8, global_batch=16), num_cpus=2, num_gpus=0)
 
 
-@pytest.mark.parametrize("min_workers", [0, 1])
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("node_cpus", [(1,), (2,), (1, 1, 1), (4,), (3, 1), (16, 16), (64,)])
+def test_workers_that_would_leave_no_room_for_readers_are_refused(tmp_path: Path, index: ShardIndex) -> None:
+    nodes, workers, min_workers = TOO_SMALL
+    plan = replace(toy_plan(tmp_path, index), num_workers=workers, min_workers=min_workers)
+    with pytest.raises(ValueError, match=r"4 workers do not fit on 1 CPUs .* use at most 2 workers"):
+        derive_resources(plan, num_cpus=sum(nodes), num_gpus=0)
+
+
+@pytest.mark.parametrize(("node_cpus", "workers", "min_workers"), PLACES)
 def test_a_reader_finds_room_wherever_the_workers_lie(
     tmp_path: Path, index: ShardIndex, node_cpus: tuple[int, ...], workers: int, min_workers: int
 ) -> None:
     plan = replace(toy_plan(tmp_path, index), num_workers=workers, min_workers=min_workers)
     total = sum(node_cpus)
-    if not min_workers and total / 2 / workers < 0.2:
-        return
     resources = derive_resources(plan, num_cpus=total, num_gpus=0)
     readers = derive_readers(plan, resources, node_cpus)
     room = [int(cpus // resources.worker_cpus) for cpus in node_cpus]

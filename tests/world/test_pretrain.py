@@ -93,6 +93,7 @@ def test_patch_losses_equal_slow_loops():
     assert exclusive.item() == pytest.approx(np.mean(unexplained), rel=1e-9)
 
 
+@pytest.mark.long
 def test_a_killed_pretraining_continues_to_the_same_weights(tmp_path):
     settings = PretrainSettings(
         close_up_steps=2, scene_steps=2, close_up_batch_size=2, scene_batch_size=2, checkpoint_every=2
@@ -135,6 +136,7 @@ def test_mean_average_precision_equals_a_slow_loop():
     assert mean_average_precision(score, labels) == pytest.approx(sum(values) / 3, rel=1e-9)
 
 
+@pytest.mark.long
 def test_the_shipped_clip_classifies_and_localises_scenes_that_it_never_saw():
     assert WEIGHTS.stat().st_size < 3_000_000
     clip = load_clip(str(TINY), WEIGHTS, device="cpu", precision="fp32")
