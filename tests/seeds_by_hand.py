@@ -1,6 +1,7 @@
 """Transport seeds of one image in float64, by NumPy and POT, from what the frozen CLIP gives: its tokens, attention and cosines.
 
-For an untrained student (its logits of pairs are their prior), `cam.form=propagate` and `cam.columns=constant`.
+For an untrained student (its logits of pairs are their prior) and the default stage: `affinity.source=attention`, `cam.form=propagate`,
+`cam.columns=strongest`, `cam.marginal=area` and `cam.normalization=row`.
 """
 
 import numpy as np
@@ -19,19 +20,15 @@ def _norm(weight_NN: np.ndarray, rounds: int) -> np.ndarray:
     return (weight_NN + weight_NN.T) / 2
 
 
-def affinities(attention_LNN: np.ndarray, tokens_LND: np.ndarray, *, clip: float, rounds: int) -> list[np.ndarray]:
-    """A_la and A_ha: of the mean attention and of its inverse, each with the mean cosine of the tokens."""
-    num_patches = attention_LNN.shape[-1]
-    centred_LND = tokens_LND - tokens_LND.mean(1, keepdims=True)
-    unit_LND = centred_LND / np.linalg.norm(centred_LND, axis=-1, keepdims=True)
-    cosine_NN = np.mean([unit_ND @ unit_ND.T for unit_ND in unit_LND], axis=0)
-    found = []
+def affinities(attention_LNN: np.ndarray, *, clip: float, rounds: int) -> list[np.ndarray]:
+    """A_s and A_inv, of the mean attention and of its inverse."""
+    num_patches, found = attention_LNN.shape[-1], []
     for high in (False, True):
         mean_NN = attention_LNN.mean(0)
         mean_NN = np.eye(num_patches) - mean_NN if high else mean_NN
         mean_NN = num_patches * (mean_NN + mean_NN.T) / 2
-        prior_NN = (mean_NN if high else np.log(np.maximum(mean_NN, 1e-38))).clip(-clip, clip)
-        found.append(_norm(np.exp((prior_NN + cosine_NN).clip(-clip, clip)), rounds))
+        prior_NN = mean_NN if high else np.log(np.maximum(mean_NN, 1e-38))
+        found.append(_norm(np.exp(prior_NN.clip(-clip, clip)), rounds))
     return found
 
 
@@ -47,15 +44,19 @@ def transport_cam(
     logit_NK = cam.scale * cosine_NK
     share_NK = np.exp(logit_NK - logit_NK.max(1, keepdims=True))
     share_NK /= share_NK.sum(1, keepdims=True)
-    score_NM = (share_NK / share_NK.max(0))[:, :num_foreground]
+    best_N, rest_N = logit_NK[:, :num_foreground].max(1), logit_NK[:, num_foreground:].max(1)
+    background_N1 = 1 / (1 + np.exp(best_N - rest_N))[:, None]
+    score_NK = np.concatenate([share_NK[:, :num_foreground], background_N1], axis=1)
+    score_NK = score_NK / score_NK.max(0)
     for _ in range(cam.propagation - 1):
-        score_NM = low_NN @ score_NM
-    value_NM = cam.lambda_low * _stretched(low_NN @ score_NM) + cam.lambda_high * _stretched(high_NN @ score_NM)
-    score_NK, value_NK = (np.pad(each, ((0, 0), (0, 1)), constant_values=cam.constant) for each in (score_NM, value_NM))
-    weight_K = np.exp(score_NK.mean(0) / cam.marginal_temperature)
+        score_NK = low_NN @ score_NK
+    smooth_NK = _stretched(low_NN @ score_NK)
+    weight_NK = np.exp(smooth_NK / cam.marginal_temperature)
+    marginal_K = (weight_NK / weight_NK.sum(1, keepdims=True)).mean(0)
+    value_NK = cam.lambda_low * smooth_NK + cam.lambda_high * _stretched(high_NN @ score_NK)
     rows_N = np.full(len(value_NK), 1 / len(value_NK))
-    plan_NK = ot.sinkhorn(rows_N, weight_K / weight_K.sum(), -value_NK, cam.epsilon, stopThr=1e-12, numItermax=100_000)
-    return (plan_NK / plan_NK.max(0))[:, :num_foreground]
+    plan_NK = ot.sinkhorn(rows_N, marginal_K, -value_NK, cam.epsilon, stopThr=1e-12, numItermax=100_000)
+    return (plan_NK / plan_NK.sum(1, keepdims=True))[:, :num_foreground]
 
 
 def seeds(config: Config, segmenter, image_3HW: torch.Tensor, labels: tuple[int, ...]) -> np.ndarray:
@@ -70,11 +71,8 @@ def seeds(config: Config, segmenter, image_3HW: torch.Tensor, labels: tuple[int,
         size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
         view = functional.interpolate(image_3HW[None].float() / 255, size, mode="bilinear", antialias=True)
         features = segmenter.encode(view.flip(3) if mirrored else view)
-        attention, tokens, cosine = (
-            each[0].double().numpy()
-            for each in (features.attention_BLNN, features.tokens_BLND, features.similarity_BNK)
-        )
-        pair = affinities(attention, tokens, clip=config.affinity.clip, rounds=config.affinity.sinkhorn_rounds)
+        attention, cosine = (each[0].double().numpy() for each in (features.attention_BLNN, features.similarity_BNK))
+        pair = affinities(attention, clip=config.affinity.clip, rounds=config.affinity.sinkhorn_rounds)
         cam_NM = transport_cam(cosine[:, columns], *pair, len(labels), config.cam)
         grid = torch.from_numpy(cam_NM.T.reshape(len(labels), *features.grid))[None]
         grid = grid.flip(3) if mirrored else grid

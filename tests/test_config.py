@@ -113,7 +113,7 @@ def test_a_typo_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
 
 
 def test_an_unknown_configuration_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"conf/ has ablations/levers, ablations/world, .*demo"):
+    with pytest.raises(ValueError, match=r"conf/ has ablations/ladder, .*ablations/world, .*demo"):
         config.load("dmeo")
 
 

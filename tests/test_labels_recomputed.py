@@ -105,8 +105,9 @@ def labelled(request, sample_data, tmp_path_factory):
     overrides += ["label.compare_model=true", "decoder.width=32", "decoder.depth=1"]
     overrides += [f"evaluate.thresholds={list(THRESHOLDS)}"]
     # What tests/seeds_by_hand.py computes; the transport converges, so that another way to it gives the same.
-    overrides += ["affinity.source=attention+features", "cam.generator=transport", "cam.form=propagate"]
-    overrides += ["cam.columns=constant", "cam.scale=20", "cam.iterations=10000", "cam.tolerance=1e-6"]
+    overrides += ["affinity.source=attention", "cam.generator=transport", "cam.form=propagate"]
+    overrides += ["cam.columns=strongest", "cam.marginal=area", "cam.normalization=row"]
+    overrides += ["cam.scale=20", "cam.iterations=10000", "cam.tolerance=1e-6"]
     overrides += [
         "label.scorers=1",
         "label.batch_size=1",
