@@ -1,7 +1,7 @@
 """Train variants of one configuration on the same shards and compare them: `python -m jobs.ablate CONF VARIANTS key=value ...`.
 
 VARIANTS is a YAML file (or a name in conf/) with `variants`, names to differences from CONF, `seeds`, values of train.seed, and, if
-all variants share some, `common` differences, which a variant may overrule:
+all variants share some, `common` differences. The command line overrules `common`, and a variant overrules both:
 
     seeds: [0, 1]
     common: {cam.propagation: 1}
@@ -33,10 +33,11 @@ _SCORES = ("seed_miou", "mask_miou", "val_miou", "val_miou_no_crf")
 
 @dataclass(frozen=True)
 class Ablation:
-    """Which trainings are compared. variants: name -> `key=value` overrides of the configuration."""
+    """Which trainings are compared. variants: name -> `key=value` overrides of the configuration; common: those of all."""
 
     seeds: tuple[int, ...]
     variants: Mapping[str, tuple[str, ...]]
+    common: tuple[str, ...] = ()
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> "Ablation":
@@ -52,19 +53,22 @@ class Ablation:
             raise ValueError("variants must map names to differences, {name: {section.key: value}}")
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
-        return cls(
-            tuple(seeds), {str(name): _overrides(str(name), common, changes) for name, changes in variants.items()}
-        )
+        each = {str(name): _overrides(str(name), changes) for name, changes in variants.items()}
+        return cls(tuple(seeds), each, _typed(common))
 
 
-def _overrides(name: str, common: Mapping[str, Any], changes: Any) -> tuple[str, ...]:
+def _typed(changes: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in changes.items())
+
+
+def _overrides(name: str, changes: Any) -> tuple[str, ...]:
     if not name or set(name) & set("/\\ ") or name.startswith("."):
         raise ValueError(
             f"variant {name!r} is the name of a folder too: no slashes, no spaces, no dot at its beginning"
         )
     if not isinstance(changes, dict):
         raise ValueError(f"variant {name} must be a mapping {{section.key: value}}, got {changes!r}")
-    return tuple(f"{key}={json.dumps(value)}" for key, value in {**common, **changes}.items())
+    return _typed(changes)
 
 
 def work(conf: str, ablation: Ablation, overrides: list[str]) -> Result:
@@ -79,7 +83,8 @@ def work(conf: str, ablation: Ablation, overrides: list[str]) -> Result:
         for name, changes in ablation.variants.items():
             own = [f"run={storage.join(folder, f'{name}-{seed}')}", f"train.seed={seed}"]
             try:
-                plans[name, seed] = absolute_paths(load(conf, [*overrides, *changes, *own]), kept=("run",))
+                told = [*ablation.common, *overrides, *changes, *own]
+                plans[name, seed] = absolute_paths(load(conf, told), kept=("run",))
             except ValueError as error:
                 raise ValueError(f"variant {name}: {error}") from error
     rows: list[Result] = []
@@ -111,6 +116,8 @@ def table(ablation: Ablation, rows: list[Result]) -> str:
         if mine:
             cells = [_cell([row[key] for row in mine if row.get(key) is not None]) for key in columns]
             lines.append(f"| {name} | {' | '.join(cells)} | {' '.join(f'`{each}`' for each in changes)} |")
+    if ablation.common:
+        lines += ["", f"All: {' '.join(f'`{each}`' for each in ablation.common)}"]
     return "\n".join(lines) + "\n"
 
 

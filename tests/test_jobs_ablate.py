@@ -42,13 +42,12 @@ def test_the_ablations_of_the_world_are_valid(name):
     ablation = Ablation.from_mapping(content)
     assert path == str(CONF / "ablations" / f"{name}.yaml") and ablation.variants
     for changes in ablation.variants.values():
-        load("demo", changes)
+        load("demo", [*ablation.common, *changes])
 
 
-def test_common_differences_hold_for_all_variants_that_do_not_overrule_them():
-    content = {"common": {"cam.propagation": 1, "method": "ffr"}, "variants": {"a": {}, "b": {"cam.propagation": 2}}}
-    variants = Ablation.from_mapping(content).variants
-    assert variants == {"a": ("cam.propagation=1", 'method="ffr"'), "b": ("cam.propagation=2", 'method="ffr"')}
+def test_the_table_names_what_all_variants_share():
+    ablation = Ablation.from_mapping({"common": {"cam.propagation": 2}, "variants": {"a": {}}})
+    assert ablate.table(ablation, []).splitlines()[-1] == "All: `cam.propagation=2`"
 
 
 def test_the_table_has_means_and_ranges_over_the_seeds():
@@ -76,13 +75,17 @@ def test_variants_are_trained_and_scored_once(tmp_path, caplog):
     config.data.root = str(write_voc(tmp_path / "world", seed=1, num_train=4, num_val=2))
     for split in ("train", "val"):
         write_shards(config, getattr(config.shards, split), split)
-    ablation = Ablation.from_mapping({"seeds": [5], "variants": {"dfa": {}, "spam": {"decoder.mixer": "spam"}}})
+    # The command line (train.steps=1) overrules what is common, a variant overrules both.
+    common = {"train.steps": 7, "decoder.mixer": "hybrid", "frequency.mu": 0.3}
+    variants = {"dfa": {"decoder.mixer": "attention"}, "spam": {"decoder.mixer": "spam"}}
+    ablation = Ablation.from_mapping({"seeds": [5], "common": common, "variants": variants})
     result = ablate.work("demo", ablation, [*paths, *small])
     assert [row["variant"] for row in result["rows"]] == ["dfa", "spam"]
     folder = Path(config.run) / "ablation"
     assert json.loads((folder / "ablation.json").read_text())["rows"] == result["rows"]
     described = json.loads((folder / "spam-5" / "run.json").read_text())["config"]
     assert (described["decoder"]["mixer"], described["train"]["seed"]) == ("spam", 5)
+    assert (described["train"]["steps"], described["frequency"]["mu"]) == (1, 0.3)
     checkpoint = folder / "spam-5" / "checkpoints" / "step-00000001"
     written = checkpoint.stat().st_mtime_ns
     assert ablate.work("demo", ablation, [*paths, *small]) == result

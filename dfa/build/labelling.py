@@ -1,5 +1,6 @@
 """What the label factory needs."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,8 @@ from dfa.model.segmenter import Segmenter
 from dfa.train.checkpoint import STATE_NAME, find_checkpoint, read_info, uses_average
 from dfa.train.follow import FollowPlan
 from dfa.train.starts import RUN_NAME
+
+logger = logging.getLogger(__name__)
 
 Labels = Sequence[tuple[int, ...]]
 _PUBLISHED_SIZE = {"square": 320, "long_side": 512}
@@ -235,6 +238,10 @@ def _pass(
         decisive += [config.evaluate.merge, _input_size(config)]
     if from_cam:
         decisive += [config.cam, _label_pseudo_settings(config), label.compare_model, class_set(config)]
+        if not uses_learned(config, step := read_info(folder).step):
+            decisive += ["un-learned affinities"]
+            text = "%s is of step %d: its CAMs are made with the un-learned affinities (affinity.use_from_step is %d)"
+            logger.warning(text, folder, step, config.affinity.use_from_step)
     else:
         decisive += [label.min_probability]
     return LabelPass(

@@ -271,4 +271,5 @@ def _seed_settings(config: Config, clip: FrozenClip | ClipEnsemble) -> SeedSetti
 def model_description(config: Config) -> dict[str, Any]:
     """What a checkpoint's weights fit: kept in checkpoints, and compared when one is loaded for training."""
     described = configuration.to_dict(config)
+    del described["affinity"]["use_from_step"]  # when maps make labels, whatever their weights
     return {name: described[name] for name in ("method", "clip", "decoder", "affinity")}

@@ -119,9 +119,9 @@ def loop_plan(config: Config) -> LoopPlan:
     if config.crop.scale_min > config.crop.scale_max:
         raise ValueError(f"crop.scale_min {config.crop.scale_min} exceeds crop.scale_max {config.crop.scale_max}")
     labels = _labels_address(config, shards)
-    if config.affinity.use_from_step >= train.steps:
-        logger.info(
-            "affinity.use_from_step %d is not reached in %d steps: labels are made with the un-learned affinities",
+    if config.affinity.use_from_step > train.steps and config.loss.supervision == "pseudo":
+        logger.warning(
+            "affinity.use_from_step %d is not reached in %d steps: all labels are made with the un-learned affinities",
             config.affinity.use_from_step,
             train.steps,
         )

@@ -107,11 +107,13 @@ class FrequencyConfig:
     mu: float = _number(0.4, 0.0, 1.0)
     mu_as: str = _choice("half_width", "half_width", "side", "area")
     relation_gain: float = _number(5.0, 0.01, 100.0)
-    use_quality_mask: bool = True  # false: L_a transfers every pair
+    use_quality_mask: bool = True  # false: L_a transfers every pair, whatever dense says
     dense: str = _choice("mean", "mean", "row_mean", "share", "alpha")  # what M_d selects: core.rectify.dense_mask
     dense_share: float = _number(0.5, 1e-3, 0.999)  # dense=share: of the pairs
     teacher: str = _choice("softmax", "softmax", "logit", "sum")  # S_l as a distribution: core.rectify.alignment_loss
-    alignment: str = _choice("divergence", "divergence", "inside_mask", "full_row")  # likewise
+    alignment: str = _choice(
+        "divergence", "divergence", "inside_mask", "full_row"
+    )  # over which pairs: the same function
     window: int = _number(9, 0, 10_000)  # METHOD 1.11; 9 belongs to a 20 x 20 grid
     resolve_unreliable: bool = True
     agreement: str = _choice("both", "both", "labels")  # of S_h and the labels, or of the labels alone: METHOD 1.10

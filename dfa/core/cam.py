@@ -1,7 +1,7 @@
 """From patch-text scores and affinities to class activation maps (METHOD 1.14, 1.17 and 1b).
 
-Columns are ordered foreground classes first, then background prompts; `column_mask_BK` is True for what takes part in an image:
-its classes and every background prompt (METHOD 1.17: with foreground alone an image of one class gives a CAM of 1 everywhere).
+Columns are ordered foreground classes first, then the background's; `column_mask_BK` is True for what takes part in an image:
+its classes and the background (METHOD 1.17: with foreground alone an image of one class gives a CAM of 1 everywhere).
 Masked columns are 0 in every result.
 """
 
@@ -29,8 +29,8 @@ def strongest_background(
     """One score in [0, 1] for all background prompts, BN1: the probability that the strongest of them beats the strongest present
     class, `sigmoid(scale (max_b S - max_f S))`, over its maximum in the image (our reading, METHOD 1.15).
 
-    similarity_BNK: cosines, the first num_foreground columns are classes. How many prompts are true of an image, and how many were
-    listed, hardly matters: of a sum of their shares it would decide.
+    similarity_BNK: cosines, the first num_foreground columns are classes. A prompt that is listed twice changes nothing here; it would
+    change a sum of the prompts' shares.
     """
     logit_BNK = (scale * similarity_BNK.float()).masked_fill(~column_mask_BK[:, None, :], -torch.inf)
     # An image may show no class, and a batch none at all.

@@ -49,7 +49,7 @@ def dense_mask(
 
     - mean: the mean of S_l in the image (our reading, the default): about half of the pairs;
     - row_mean: the mean of S_l in the pair's row;
-    - share: what all but the greatest `share` of the image's pairs stay below;
+    - share: the value that `share` of the image's pairs exceed;
     - alpha: the print, `alpha = sum_ij |S_l - A_s|`, as the mean per image: the printed sum is ~1e5 while S_l <= 1, so M_d would be
       empty. It knows nothing of which pairs are dense: it says how far A_s is from S_l, and falls as training brings them together.
     """
@@ -102,7 +102,8 @@ def alignment_loss(
 
     - divergence (our reading, the default): S~ over M_d, A~ over the whole row, a Kullback-Leibler divergence whose target has the
       support M_d. Mass of A_s moves into the dense relations and leaves all others, which is what the paper asks for;
-    - inside_mask: both over M_d. Nothing is asked of the pairs outside, and S~ is nearly flat: the map becomes flat on M_d;
+    - inside_mask: both over M_d. Nothing is asked of the pairs outside, and a softmax of S_l is nearly flat: so the map becomes flat
+      on M_d;
     - full_row: both over the whole row and then masked, as printed; no divergence, may be negative.
     """
     if student not in ("divergence", "inside_mask", "full_row"):
@@ -144,7 +145,7 @@ def reliable_masks(
     `M_+ = [S_h > mean(S_h) and Y_i = Y_j]`, `M_- = [S_h <= mean(S_h) and Y_i != Y_j]`. label_BN: pseudo-label per patch, void ignored.
     Pairs with an ignored label are in neither and not known. Our reading: the mean is per image and over its known pairs.
 
-    pairs: `foreground` leaves out those of two background patches, which else make up most of M_+. agreement: `labels` asks S_h
+    pairs: `foreground` leaves out those of two background patches, which otherwise make up most of M_+. agreement: `labels` asks S_h
     nothing, so that every known pair is in one of the two masks and none is left to resolve.
     """
     if agreement not in ("both", "labels"):

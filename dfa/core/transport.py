@@ -57,8 +57,8 @@ def class_marginal(score_BNK: Tensor, column_mask_BK: Tensor, *, kind: MarginalK
     - area (our reading, the default): the mean over patches of `softmax_c(S[i,c] / temperature)`, the share of the image that the
       scores give to a column;
     - softmax_sum: the print, `x_c = sum_i S[i,c]`, which saturates with N patches;
-    - softmax_mean: `x_c = mean_i S[i,c]`. Scores that reach 1 in each of K columns give no class more than
-      `e^(1/temperature) / (e^(1/temperature) + K - 1)`, 22.8 % of the patches for one class, 25 prompts and .5;
+    - softmax_mean: `x_c = mean_i S[i,c]`. Scores in [0, 1] give no column more than
+      `e^(1/temperature) / (e^(1/temperature) + K - 1)` of the patches, 22.8 % for K = 26 and a temperature of .5;
     - uniform: ignores the scores.
 
     temperature: all softmaxes divide by it.

@@ -18,7 +18,7 @@ class PseudoSettings:
     background: where the background score comes from.
         "constant": the number ``threshold`` everywhere.
         "power": ``(1 - max over present classes of the CAM) ** gamma``.
-        "prompts": the map handed in, e.g. the maximum over the background prompts' columns.
+        "prompts": the map handed in, e.g. `dfa.label.seed.Seeds.background_BN`.
     threshold: the constant background score.
     gamma: the exponent of "power"; greater means less background.
     band: None, or (low, high) with low <= 0 <= high: pixels whose best class beats the background by more than ``low``

@@ -73,7 +73,7 @@ class Seeds:
     """cam_BNC: foreground CAM in [0, 1], 0 for absent classes. background_BN: the background's map, in [0, 1].
 
     A plan normalised by rows gives posteriors: all maps of a patch sum to 1. Everything else reaches 1 somewhere in each present
-    class, and the background's map is that of its strongest column.
+    class that has any mass, and the background's map is that of its strongest column.
     """
 
     cam_BNC: Tensor
@@ -108,7 +108,9 @@ def make_seeds(
     affinities: of the batch, or of one group of neighbours after the other, each made when its turn comes, so that the maps of
         pairs need not all exist at once. Not needed for the generator `similarity`.
 
-    The columns of an image are its own classes and every background prompt (METHOD 1.17). Others are never computed with.
+    The columns of an image are its own classes and the background's (METHOD 1.17). Texts of other classes are never computed with.
+
+    Raises ValueError for cosines that are not finite, and for a text bank without background prompts.
     """
     num_columns, num_classes = similarity_BNK.shape[-1], labels_BC.shape[1]
     if num_columns <= num_classes:
@@ -119,6 +121,9 @@ def make_seeds(
     class_BM = present_classes(labels_BC)
     column_BK, mask_BK = _columns(class_BM, num_classes, num_columns)
     similarity_BNK = similarity_BNK.gather(2, column_BK[:, None, :].expand(-1, similarity_BNK.shape[1], -1))
+    bad_B = ~(similarity_BNK.masked_fill(~mask_BK[:, None, :], 0.0).isfinite().all((1, 2)))
+    if bool(bad_B.any()):
+        raise ValueError(f"image {int(bad_B.nonzero()[0])} of the batch: cosines of patches and texts must be finite")
     num_slots = class_BM.shape[1]
     score_BNK = class_scores(similarity_BNK, mask_BK, scale=settings.scale)
     if settings.columns == "strongest":

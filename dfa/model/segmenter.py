@@ -39,7 +39,7 @@ class PixelSeeds:
     """Seeds at pixel size for the present classes alone.
 
     score_BMHW: fp32 in [0, 1], M the largest number of classes in one image. class_BM: index 1..C of each slot, 0 where
-    unused. background_BHW: the strongest background column. logits_BCHW: the model's, C + 1 classes, or None.
+    unused. background_BHW: the background's map. logits_BCHW: the model's, C + 1 classes, or None.
     """
 
     score_BMHW: Tensor

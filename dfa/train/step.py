@@ -48,7 +48,8 @@ class StepSettings:
     `labels`: the batch's offline pseudo-labels, of a first stage or refreshed beside this run; `masks`: ground truth (the
     supervised bound, which trains the decoder alone). annotation_grid: Y, whatever it is, becomes block-wise, so many blocks
     along each side of the crop (METHOD 3, block-wise annotation); 0: left as it is. use_from_step: steps before it make labels
-    with the un-learned affinities, while the learned ones are trained.
+    with the un-learned affinities, while the learned ones are trained. use_quality_mask: false takes every pair, whatever `dense`
+    says. dense, dense_share, teacher, alignment, rectified_pairs, agreement: see `dfa.core.rectify`.
     """
 
     mu: float

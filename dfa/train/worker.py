@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -91,14 +91,9 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         info = checkpoint.info
         if dict(info.model) != dict(self.plan.model_description):
-            differ = sorted(
-                k
-                for k in {*info.model, *self.plan.model_description}
-                if info.model.get(k) != self.plan.model_description.get(k)
-            )
-            pairs = ", ".join(
-                f"{k}: saved {info.model.get(k)!r}, now {self.plan.model_description.get(k)!r}" for k in differ
-            )
+            saved, now = _flat(info.model), _flat(self.plan.model_description)
+            differ = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
+            pairs = ", ".join(f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}" for key in differ)
             raise ValueError(f"{checkpoint.folder} was trained with another model ({pairs}); use another run folder")
         self.engine.load(checkpoint.engine)
         self._restore_average(checkpoint)
@@ -358,6 +353,14 @@ class Trainer:
             "checkpoint_share": self._checkpoint_s / max(seconds, 1e-9),
             **meter,
         }
+
+
+def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value, as one types them."""
+    found = dict[str, Any]()
+    for name, value in description.items():
+        found |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _engine(plan: LoopPlan, device: torch.device, shape: BatchShape) -> Engine:

@@ -188,7 +188,7 @@ def test_the_area_marginal_is_each_column_s_mean_share_of_the_patches():
 
 
 def test_a_class_that_fills_its_image_may_have_most_of_the_mass():
-    """The printed marginal gives one class at most e^2 / (e^2 + 25) of an image with 25 background prompts at temperature .5."""
+    """A softmax of means gives one class at most e^2 / (e^2 + 25) of an image with 25 background prompts at temperature .5."""
     scores, mask = torch.zeros(1, 100, 26), torch.ones(1, 26, dtype=torch.bool)
     scores[0, :80, 0] = 1
     scores[0, 80:, 1:] = 1

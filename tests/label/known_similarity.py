@@ -129,12 +129,10 @@ STAGES: Mapping[str, SeedSettings] = {
     "transport, two propagations": stage(propagation=2),
     "transport, a constant column": stage(columns="constant"),
     "transport, a column each prompt": stage(columns="prompts"),
-    "print's marginal, its mean": stage(
+    "first reading of the print": stage(
         columns="prompts", marginal="softmax_mean", marginal_temperature=0.5, normalization="column"
     ),
-    "print's marginal, its sum": stage(
-        columns="prompts", marginal="softmax_sum", marginal_temperature=1.0, normalization="column"
-    ),
+    "print": stage(columns="prompts", marginal="softmax_sum", marginal_temperature=1.0, normalization="column"),
 }
 
 
@@ -160,7 +158,7 @@ def main() -> None:
                 pictures, threshold, list(STAGES), contrast=contrast, prompts=prompts, leak=leak, noise=noise
             )
             print(*lines, sep="\n", flush=True)
-    short = ["affinity", "transport", "print's marginal, its mean"]
+    short = ["affinity", "transport", "first reading of the print"]
     for leak in (0.0, 0.3, 0.8):
         print(f"leak {leak}", *_lines(pictures, threshold, short, leak=leak), sep="\n", flush=True)
     area_B = 1 - pictures.cover_BNC[:, :, 0].mean(1)

@@ -107,6 +107,14 @@ def test_the_default_transport_equals_an_independent_solution_and_gives_posterio
     assert torch.allclose(total_BN, torch.ones(2, 12), atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_cosines_that_are_not_finite_are_refused_with_their_image(problem, bad):
+    similarity, labels, affinities = problem
+    similarity[1, 3, 1] = bad  # a class that the second image shows, and the first does not
+    with pytest.raises(ValueError, match="image 1 of the batch: cosines of patches and texts must be finite"):
+        make_seeds(similarity, labels, affinities, settings())
+
+
 def test_the_maps_of_a_patch_sum_to_one_with_a_column_for_each_prompt_too(problem):
     similarity, labels, affinities = problem
     seeds = make_seeds(similarity, labels, affinities, settings(normalization="row"))
@@ -114,14 +122,14 @@ def test_the_maps_of_a_patch_sum_to_one_with_a_column_for_each_prompt_too(proble
 
 
 def test_recipes_default_transport_is_no_worse_than_the_affinity_and_near_its_best_threshold(sample_data):
-    """On similarities made from real masks, where the print's marginal loses a quarter of the mIoU at every contrast."""
+    """On similarities made from real masks, where our first reading of the print loses a quarter of the mIoU at every contrast."""
     pictures, threshold = read_pictures(sample_data, every=5), load("voc_dfa", []).cam.threshold
     known = affinities_of(pictures, seed=0)
     for contrast, prompts in ((0.06, 3), (0.04, 12), (0.02, 3)):
         cosine = similarity_of(pictures, contrast=contrast, prompts=prompts, leak=0.4, noise=0.01, seed=0)
         transport, affinity, printed = (
             miou_by_threshold(pictures, make_seeds(cosine, pictures.labels_BC, known, STAGES[name]).cam_BNC)
-            for name in ("transport", "affinity", "print's marginal, its mean")
+            for name in ("transport", "affinity", "first reading of the print")
         )
         assert transport[threshold] > affinity[threshold] - 0.5  # 65 images: half a point is noise
         assert transport[threshold] > max(transport.values()) - 3

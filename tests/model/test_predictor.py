@@ -350,6 +350,15 @@ def described(config, tmp_path):
     return save
 
 
+def test_a_checkpoint_from_before_a_setting_has_its_default(described):
+    def older(description):
+        assert "use_from_step" not in description["affinity"]  # it decides about labels, not about weights
+        for name in ("heads", "high_prior", "encoder", "encoder_checkpoint", "encoder_blocks"):
+            del description["affinity"][name]
+
+    assert dfa.load(described(older), **ONE) is not None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
