@@ -3,7 +3,6 @@
 What a pool of workers cannot change runs in this process; what Ray does to work, errors and processes runs on Ray.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -300,15 +299,14 @@ def test_images_and_labels_may_lie_in_an_object_store_behind_a_bad_line(tmp_path
 
 
 def _kill_once(title: str, killed: list[int]) -> None:
-    """Kill the first process of this test's Ray that works on `title`: others may run on the machine."""
+    """Kill the first process of Ray that works on `title`."""
     deadline = time.monotonic() + 60
     while not killed and time.monotonic() < deadline:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # gone meanwhile
-                if title in " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            if title in " ".join(process.info["cmdline"] or ()):
+                os.kill(process.info["pid"], signal.SIGKILL)
+                killed.append(process.info["pid"])
+                return
         time.sleep(0.002)
 
 
